@@ -1,0 +1,334 @@
+//! Bytes under a key in the object store, and the manifest that makes a set of them one result.
+
+use std::{fmt, str::FromStr};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    id::{AttemptId, InvalidId, RunId, TenantId},
+    spec::path,
+};
+
+/// A key in the object store: relative, normal, `/` between names, at most 1,024 bytes (the least that the supported
+/// stores allow). Whole keys only; what a caller may name is an [`ArtifactUri`].
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ArtifactKey(String);
+
+impl ArtifactKey {
+    /// The key as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The key below this one.
+    ///
+    /// # Errors
+    /// Where the whole is not a valid key.
+    pub fn join(&self, rest: &str) -> Result<Self, InvalidId> {
+        format!("{}/{rest}", self.0).parse()
+    }
+
+    /// Everything of a run: `runs/TENANT/RUN`. Deleting this prefix deletes the run's artifacts.
+    pub fn run_prefix(tenant: &TenantId, run: RunId) -> Self {
+        Self(format!("runs/{tenant}/{run}"))
+    }
+
+    /// Everything of an attempt. Two attempts share no key, so a retry never mixes their files.
+    pub fn attempt_prefix(tenant: &TenantId, attempt: AttemptId) -> Self {
+        Self(format!("runs/{tenant}/{}/{}", attempt.run, attempt.number))
+    }
+
+    /// Everything that a caller uploaded under one upload id.
+    pub fn upload_prefix(tenant: &TenantId, upload: &uuid::Uuid) -> Self {
+        Self(format!("uploads/{tenant}/{upload}"))
+    }
+}
+
+impl fmt::Display for ArtifactKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for ArtifactKey {
+    type Err = InvalidId;
+
+    fn from_str(s: &str) -> Result<Self, InvalidId> {
+        let fault = if s.len() > 1024 { Some("is longer than 1024 bytes") } else { path::relative_fault(s) };
+        match fault {
+            None if !s.chars().any(char::is_control) => Ok(Self(s.to_owned())),
+            _ => Err(InvalidId {
+                what: "artifact key",
+                value: s.chars().take(80).collect(),
+                rule: "relative, at most 1024 bytes, no empty, `.` or `..` name, no control character",
+            }),
+        }
+    }
+}
+
+impl TryFrom<String> for ArtifactKey {
+    type Error = InvalidId;
+
+    fn try_from(s: String) -> Result<Self, InvalidId> {
+        s.parse()
+    }
+}
+
+impl From<ArtifactKey> for String {
+    fn from(key: ArtifactKey) -> String {
+        key.0
+    }
+}
+
+/// What a caller names: `artifact:KEY` for an object, `artifact:KEY/` for a tree that a manifest seals.
+///
+/// The key is whole, with the tenant in its second name (`uploads/TENANT/…`, `runs/TENANT/…`); [`ArtifactUri::owner`]
+/// is compared with the caller's tenant before anything is read.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ArtifactUri {
+    key: ArtifactKey,
+    tree: bool,
+}
+
+impl ArtifactUri {
+    /// Names one object.
+    pub fn object(key: ArtifactKey) -> Self {
+        Self { key, tree: false }
+    }
+
+    /// Names a tree.
+    pub fn tree(prefix: ArtifactKey) -> Self {
+        Self { key: prefix, tree: true }
+    }
+
+    /// The object's key, or the tree's prefix.
+    pub fn key(&self) -> &ArtifactKey {
+        &self.key
+    }
+
+    /// Whether it names a tree.
+    pub fn is_tree(&self) -> bool {
+        self.tree
+    }
+
+    /// The tenant whose it is: the key's second name. `None` where the key is outside of the callers' spaces.
+    pub fn owner(&self) -> Option<TenantId> {
+        let mut names = self.key.as_str().split('/');
+        match names.next() {
+            Some("uploads" | "runs") => names.next()?.parse().ok(),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for ArtifactUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "artifact:{}{}", self.key, if self.tree { "/" } else { "" })
+    }
+}
+
+impl FromStr for ArtifactUri {
+    type Err = InvalidId;
+
+    fn from_str(s: &str) -> Result<Self, InvalidId> {
+        let invalid = || InvalidId {
+            what: "artifact URI",
+            value: s.chars().take(80).collect(),
+            rule: "`artifact:KEY` for an object or `artifact:KEY/` for a tree",
+        };
+        let key = s.strip_prefix("artifact:").ok_or_else(invalid)?;
+        let (key, tree) = key.strip_suffix('/').map_or((key, false), |key| (key, true));
+        Ok(Self { key: key.parse().map_err(|_| invalid())?, tree })
+    }
+}
+
+impl TryFrom<String> for ArtifactUri {
+    type Error = InvalidId;
+
+    fn try_from(s: String) -> Result<Self, InvalidId> {
+        s.parse()
+    }
+}
+
+impl From<ArtifactUri> for String {
+    fn from(uri: ArtifactUri) -> String {
+        uri.to_string()
+    }
+}
+
+/// Name, below a tree's or an attempt's prefix, of the manifest: the commit point, written last.
+pub const MANIFEST_NAME: &str = "manifest.json";
+
+/// The list of what a tree or an attempt's outputs consist of. Where it exists, everything that it names is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Manifest {
+    /// What a failed or cancelled run wrote, not what it promised.
+    #[serde(default)]
+    pub partial: bool,
+    /// Sorted by output, then path.
+    pub entries: Vec<ManifestEntry>,
+    /// Sum of the entries' sizes.
+    pub total_bytes: u64,
+}
+
+/// One file or directory of a [`Manifest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestEntry {
+    /// The declared output that it belongs to; empty in an uploaded tree.
+    #[serde(default)]
+    pub output: String,
+    /// Relative to the output or the tree; empty where the output is one file. Bytes that are not UTF-8, and `%` then,
+    /// are written as `%XX`, and `path_encoded` is true.
+    pub path: String,
+    /// See `path`.
+    #[serde(default)]
+    pub path_encoded: bool,
+    /// File or directory.
+    pub kind: EntryKind,
+    /// In bytes. Zero for a directory.
+    pub size: u64,
+    /// Lower-case hex. Empty for a directory.
+    #[serde(default)]
+    pub sha256: String,
+    /// Permission bits, without set-uid, set-gid and sticky.
+    pub mode: u32,
+    /// Where its bytes are. `None` for a directory.
+    pub key: Option<ArtifactKey>,
+}
+
+/// What an entry is. Nothing else is ever staged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum EntryKind {
+    File,
+    Directory,
+}
+
+/// What kind of failure an artifact operation met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ArtifactErrorKind {
+    /// No object has this key.
+    NotFound,
+    /// A digest or a size is not what was promised.
+    Mismatch,
+    /// A limit on size, count or depth was passed.
+    LimitExceeded,
+    /// The store refused for lack of permission.
+    Denied,
+    /// The store has no room.
+    Full,
+    /// The store failed in a way that may pass: 5xx, time-out, reset.
+    Unavailable,
+    /// Anything else; trying again will not help.
+    Other,
+}
+
+impl ArtifactErrorKind {
+    /// Whether the same operation may succeed later.
+    pub const fn retryable(self) -> bool {
+        match self {
+            Self::Unavailable | Self::Full => true,
+            Self::NotFound | Self::Mismatch | Self::LimitExceeded | Self::Denied | Self::Other => false,
+        }
+    }
+}
+
+/// A failed artifact operation.
+#[derive(Debug, thiserror::Error)]
+#[error("{context}")]
+pub struct ArtifactError {
+    /// What kind of failure.
+    pub kind: ArtifactErrorKind,
+    /// What was being done, with the key, and what was seen.
+    pub context: String,
+    /// What lies below.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl ArtifactError {
+    /// An error with nothing below it.
+    pub fn new(kind: ArtifactErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// An error with its source.
+    pub fn with_source(
+        kind: ArtifactErrorKind,
+        context: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { kind, context: context.into(), source: Some(source.into()) }
+    }
+}
+
+/// What is known of a stored object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArtifactMeta {
+    /// Its key.
+    pub key: ArtifactKey,
+    /// In bytes.
+    pub size: u64,
+}
+
+/// Bytes on their way, in chunks of at most 1 MiB or so.
+pub type ByteStream = BoxStream<'static, Result<Bytes, ArtifactError>>;
+
+/// The object store.
+///
+/// 1. `put` MUST be atomic: a reader sees the whole object or none, also after a crash in the middle.
+/// 2. `put` of a key that exists replaces it whole.
+/// 3. A stream that fails MUST leave nothing visible, and no abandoned upload.
+/// 4. When `put` returns, the object MUST survive the death of the process; whether it survives loss of power is the
+///    store's own durability (a directory store syncs the file and its folder).
+/// 5. Memory used by any call MUST NOT grow with the object's size.
+/// 6. `delete` of what is not there succeeds.
+#[async_trait]
+pub trait ArtifactStore: fmt::Debug + Send + Sync + 'static {
+    /// Stores what `bytes` yields. Returns its size.
+    async fn put(&self, key: &ArtifactKey, bytes: ByteStream) -> Result<u64, ArtifactError>;
+    /// Stores a small object.
+    async fn put_bytes(&self, key: &ArtifactKey, bytes: Bytes) -> Result<(), ArtifactError>;
+    /// Reads an object from `range.start` to `range.end` (exclusive), cut at its end. Also answers its whole size.
+    async fn get(
+        &self,
+        key: &ArtifactKey,
+        range: std::ops::Range<u64>,
+    ) -> Result<(ArtifactMeta, ByteStream), ArtifactError>;
+    /// What is known of an object. `NotFound` where there is none.
+    async fn head(&self, key: &ArtifactKey) -> Result<ArtifactMeta, ArtifactError>;
+    /// Every object below `prefix/`, in no promised order.
+    fn list(&self, prefix: &ArtifactKey) -> BoxStream<'static, Result<ArtifactMeta, ArtifactError>>;
+    /// Removes an object.
+    async fn delete(&self, key: &ArtifactKey) -> Result<(), ArtifactError>;
+    /// Whether the store answers: writes, reads and removes a probe object.
+    async fn probe(&self) -> Result<(), ArtifactError>;
+}
+
+/// Reads a small object whole.
+///
+/// # Errors
+/// `LimitExceeded` where it is larger than `max_bytes`; else the store's error.
+pub async fn read_small(
+    store: &dyn ArtifactStore,
+    key: &ArtifactKey,
+    max_bytes: u64,
+) -> Result<Bytes, ArtifactError> {
+    use futures::TryStreamExt as _;
+    let (meta, mut stream) = store.get(key, 0..max_bytes.saturating_add(1)).await?;
+    if meta.size > max_bytes {
+        let context = format!("read {key}: it has {} bytes, more than the limit of {max_bytes}", meta.size);
+        return Err(ArtifactError::new(ArtifactErrorKind::LimitExceeded, context));
+    }
+    let mut all = Vec::new();
+    while let Some(chunk) = stream.try_next().await? {
+        all.extend_from_slice(&chunk);
+    }
+    Ok(all.into())
+}
