@@ -1,1 +1,3 @@
-//! runner-agent
+//! What runs beside or around a workload, and the staging library that every backend shares.
+
+pub mod exec;

@@ -1,0 +1,3 @@
+//! The shim around a program: exact exit record, ordered log frames, timeout, grace, death of the whole tree.
+
+pub mod protocol;
