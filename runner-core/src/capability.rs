@@ -31,6 +31,8 @@ pub struct Capabilities {
     pub secrets: bool,
     /// Unpacks inputs.
     pub extract: bool,
+    /// Knows the image's own ENTRYPOINT and CMD, so that a spec may leave out both command and args.
+    pub image_command: bool,
     /// Image names that it knows; `None`: any reference.
     pub images: Option<Vec<String>>,
 }
@@ -56,6 +58,7 @@ impl Capabilities {
             stdin: true,
             secrets: true,
             extract: true,
+            image_command: true,
             images: None,
         }
     }
@@ -76,6 +79,15 @@ impl Capabilities {
             let what = format!("image {image:?}; it knows {known:?}");
             need(!known.contains(image), false, "spec.image".into(), &what);
         }
+        if spec.command.is_empty() && spec.args.is_empty() && !self.image_command {
+            let what = "this backend's images have no command of their own: say what to execute";
+            lacks.push(FieldViolation::new("spec.command", "REQUIRED", what));
+        }
+        let mut need = |wanted: bool, has: bool, field: String, what: &str| {
+            if wanted && !has {
+                lacks.push(FieldViolation::new(field, "UNSUPPORTED", format!("this backend cannot honour {what}")));
+            }
+        };
         need(!spec.inputs.is_empty(), self.inputs_outputs, "spec.inputs".into(), "inputs");
         need(!spec.outputs.is_empty(), self.inputs_outputs, "spec.outputs".into(), "outputs");
         for (i, input) in spec.inputs.iter().enumerate() {

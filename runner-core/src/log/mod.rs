@@ -159,7 +159,8 @@ pub type FrameBatch = Vec<Frame>;
 #[async_trait]
 pub trait LogStore: std::fmt::Debug + Send + Sync + 'static {
     /// Opens an attempt's log for appending, or finds it open. Returns the durable offset, where the source goes on.
-    async fn open(&self, tenant: &TenantId, attempt: AttemptId) -> Result<u64, LogError>;
+    /// `fresh` promises that no process can have opened it before, so that the object store need not be asked.
+    async fn open(&self, tenant: &TenantId, attempt: AttemptId, fresh: bool) -> Result<u64, LogError>;
     /// Appends. Returns the durable offset.
     async fn append(&self, attempt: AttemptId, frames: FrameBatch) -> Result<u64, LogError>;
     /// Makes what was appended so far durable. Returns the durable offset.
