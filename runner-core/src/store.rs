@@ -46,7 +46,7 @@ pub struct LiveLimits {
 }
 
 /// The store's answer to [`Store::accept`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Accepted {
     /// A new run; durable now.
     Created(RunRecord),
@@ -97,6 +97,33 @@ pub struct RunRecord {
     pub outcome: Option<Outcome>,
     /// Number of its last event. Every event of a run has the next number, from 1.
     pub last_event: u64,
+}
+
+impl NewRun {
+    /// The run as it is right after its acceptance.
+    pub fn into_record(self) -> RunRecord {
+        RunRecord {
+            id: self.id,
+            tenant: self.tenant,
+            key: self.key,
+            spec: self.spec,
+            position: Position::START,
+            backend: self.backend,
+            backend_reason: self.backend_reason,
+            cancel: None,
+            not_before: None,
+            created: self.time,
+            started: None,
+            ended: None,
+            outcome: None,
+            last_event: 1,
+        }
+    }
+
+    /// The event that every run begins with.
+    pub fn first_event() -> RunEvent {
+        RunEvent::StateChanged { position: Position::START, reason: String::new() }
+    }
 }
 
 impl RunRecord {
@@ -218,8 +245,35 @@ pub struct Transition {
     pub timers: Vec<Timer>,
 }
 
+impl Transition {
+    /// Says what makes this a transition that no run can take, whatever is stored, or `None` where it is well formed.
+    /// Every store refuses such a one with [`StoreError::Other`] before it looks at the run.
+    pub fn fault(&self) -> Option<&'static str> {
+        let terminal = self.next.state.is_terminal();
+        if terminal != self.outcome.is_some() {
+            return Some("an outcome belongs to a terminal position, and to no other");
+        }
+        if terminal && !self.timers.is_empty() {
+            return Some("a terminal position leaves no timers");
+        }
+        if self.next.attempt < self.expected.attempt {
+            return Some("the number of the attempt goes back");
+        }
+        if let Some(ended) = &self.ended_attempt
+            && (ended.number == 0 || ended.number != self.expected.attempt)
+        {
+            return Some("only the current attempt can end");
+        }
+        let twice = |(i, timer): (usize, &Timer)| self.timers[..i].iter().any(|other| other.kind == timer.kind);
+        if self.timers.iter().enumerate().any(twice) {
+            return Some("two timers of one kind");
+        }
+        None
+    }
+}
+
 /// The store's answer to [`Store::transition`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Transitioned {
     /// Exactly one row changed; durable now. The number of the run's last event.
     Applied {
@@ -231,7 +285,7 @@ pub enum Transitioned {
 }
 
 /// The store's answer to [`Store::request_cancel`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct CancelRequested {
     /// The run afterwards.
     pub run: RunRecord,
@@ -301,7 +355,7 @@ pub enum StoreError {
 }
 
 /// A page of runs.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunPage {
     /// At most as many as were asked for.
     pub runs: Vec<RunRecord>,
@@ -310,7 +364,7 @@ pub struct RunPage {
 }
 
 /// Every live run, as the reconciler needs it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct LiveRuns {
     /// Oldest first.
     pub runs: Vec<RunRecord>,
@@ -325,12 +379,15 @@ pub struct LiveRuns {
 /// 1. What a verb answered is durable: it survives the death of the process and loss of power.
 /// 2. `accept` MUST be atomic under concurrent duplicates: one of them creates, the others find. A key is unique within
 ///    its tenant, an id in the whole store. An accepted run is at [`Position::START`] and has one event,
-///    `StateChanged` to it. A duplicate is answered as `Existing` even where a limit is reached.
+///    `StateChanged` to it. A duplicate is answered as `Existing` even where a limit is reached. The id is judged before
+///    the key; where it names a run, a key that no run has yet is not given to it.
 /// 3. `transition` is one conditional update; the count of changed rows is checked to be one. Events get consecutive
-///    numbers. `timers` replaces the run's whole set; a terminal position leaves none.
+///    numbers. `timers` replaces the run's whole set; a terminal position leaves none. A transition with a
+///    [fault](Transition::fault) is refused.
 /// 4. A terminal run MUST NOT change, whatever is asked.
 /// 5. `request_cancel` stores the first intent only. Of a run that is `QUEUED` it makes, in the same transaction, a
-///    `CANCELLED` one with a `Terminated` event, its outcome given by the caller; of a terminal run, nothing.
+///    `CANCELLED` one with a `Terminated` event, its outcome given by the caller, without timers or `not_before`; of a
+///    terminal run, nothing.
 /// 6. A row that does not decode MUST NOT fail anything but verbs about that row.
 /// 7. `list` MUST be stable: pages that follow one another's cursors show every run that was there at the first page
 ///    exactly once, whatever is added meanwhile.
@@ -341,7 +398,7 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     async fn accept(&self, run: NewRun, limits: LiveLimits) -> Result<Accepted, StoreError>;
     /// Finds a run. `None` where there is none.
     async fn get(&self, id: RunId) -> Result<Option<RunRecord>, StoreError>;
-    /// The ended attempts of a run, oldest first.
+    /// The ended attempts of a run, oldest first. [`StoreError::NotFound`] where there is no such run.
     async fn attempts(&self, id: RunId) -> Result<Vec<AttemptRecord>, StoreError>;
     /// Lists runs, newest first. `max` is at least 1. Rows that do not decode are left out.
     async fn list(
@@ -354,7 +411,8 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     async fn live(&self) -> Result<LiveRuns, StoreError>;
     /// Applies a transition.
     async fn transition(&self, transition: Transition) -> Result<Transitioned, StoreError>;
-    /// Appends an event that is not a change of position. Of a terminal run: nothing. Returns its number, if stored.
+    /// Appends an event that is not a change of position (`StateChanged` and `Terminated` are refused with
+    /// [`StoreError::Other`]). Of a terminal run: nothing. Returns its number, if stored.
     async fn append_event(
         &self,
         id: RunId,
@@ -368,7 +426,7 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
         intent: CancelIntent,
         in_queue: Outcome,
     ) -> Result<CancelRequested, StoreError>;
-    /// Events of a run after number `after`, in order, at most `max`.
+    /// Events of a run after number `after`, in order, at most `max`. [`StoreError::NotFound`] where there is no such run.
     async fn events(&self, id: RunId, after: u64, max: usize) -> Result<Vec<StoredEvent>, StoreError>;
     /// Number of runs that are not terminal, for metrics.
     async fn live_count(&self) -> Result<u64, StoreError>;
