@@ -9,6 +9,8 @@ pub mod base64_bytes;
 pub mod capability;
 pub mod clock;
 pub mod crash;
+#[cfg(feature = "test-util")]
+pub mod fake;
 pub mod id;
 pub mod limits;
 pub mod log;

@@ -1,0 +1,3 @@
+//! In-memory fakes of the traits, for tests. Each passes the conformance suite of its trait.
+
+pub mod backend;
