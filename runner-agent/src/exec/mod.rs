@@ -1,3 +1,14 @@
 //! The shim around a program: exact exit record, ordered log frames, timeout, grace, death of the whole tree.
+//!
+//! `runner-agent exec DIR` is a process of its own that outlives the service. Nothing here uses threads or tokio: a run
+//! costs what its system calls cost. Where to start reading: [`protocol`] for the files, [`client`] for a backend's side.
+//! Inside: `shim` is the loop that watches, `child` the processes that it starts, `root` what they see as `/`, `spool`
+//! the log, `control` the socket, `cgroup` the limits.
 
+pub mod client;
 pub mod protocol;
+
+mod cgroup;
+mod control;
+mod reader;
+mod record;

@@ -5,11 +5,13 @@
 //! | name | written by | what |
 //! |---|---|---|
 //! | `exec.json` | backend | [`ExecSpec`]; complete before the shim starts |
-//! | `shim.json` | shim, first thing | [`ShimRecord`]: who the shim is |
+//! | `shim.json` | shim, first thing | [`ShimRecord`]: who the shim is. Written once: a second shim finds it and ends |
+//! | `init.json` | shim | [`ShimRecord`] of the first process of the workload, before that does anything. Its death is, in a pid namespace, the death of all |
 //! | `started.json` | shim | [`StartedRecord`]: the program runs |
 //! | `log/OFFSET.seg` | shim | the spool: frames of `runner_core::log::codec`, a file per stretch, named after the offset of its first frame in 20 digits; the last one grows |
 //! | `ctl` | shim | the control socket |
-//! | `exit.json` | shim, last thing | [`ExitRecord`]; the spool is complete before it |
+//! | `exit.json` | shim, last thing | [`ExitRecord`]; before it the spool is complete, every process of the workload is dead, and the control group is removed |
+//! | `shim.err` | shim | what it has to say to people; mostly empty |
 //!
 //! Records appear whole: they are written aside and renamed. A dead shim without an exit record means that nobody knows
 //! how the program ended.
@@ -30,14 +32,20 @@ use serde::{Deserialize, Serialize};
 pub mod name {
     pub const EXEC: &str = "exec.json";
     pub const SHIM: &str = "shim.json";
+    pub const INIT: &str = "init.json";
     pub const STARTED: &str = "started.json";
     pub const LOG: &str = "log";
     pub const CONTROL: &str = "ctl";
     pub const EXIT: &str = "exit.json";
+    pub const ERRORS: &str = "shim.err";
 }
 
 /// A spool file is closed and a new one begun once it has this many bytes.
 pub const SPOOL_FILE_BYTES: u64 = 8 * 1024 * 1024;
+
+/// What fits together into the fresh `/tmp`, `/var/tmp`, `/run` and `/dev/shm`, which are in memory. A backend that wants
+/// room on a disk puts a mount over them.
+pub const FRESH_TMP_BYTES: u64 = 256 * 1024 * 1024;
 
 /// What the shim is to execute, and how confined. Everything is decided by the backend; the shim either does all of it or
 /// ends with an [`ExitRecord`] that says what it could not do. It never does less.
