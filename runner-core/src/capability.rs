@@ -66,6 +66,10 @@ impl Capabilities {
     /// What `spec` needs and this backend lacks, a violation per field. Empty: it can be honoured.
     pub fn lacks(&self, spec: &RunSpec) -> Vec<FieldViolation> {
         let mut lacks = Vec::new();
+        if spec.command.is_empty() && spec.args.is_empty() && !self.image_command {
+            let what = "this backend's images have no command of their own: say what to execute";
+            lacks.push(FieldViolation::new("spec.command", "REQUIRED", what));
+        }
         let mut need = |wanted: bool, has: bool, field: String, what: &str| {
             if wanted && !has {
                 lacks.push(FieldViolation::new(
@@ -79,15 +83,6 @@ impl Capabilities {
             let what = format!("image {image:?}; it knows {known:?}");
             need(!known.contains(image), false, "spec.image".into(), &what);
         }
-        if spec.command.is_empty() && spec.args.is_empty() && !self.image_command {
-            let what = "this backend's images have no command of their own: say what to execute";
-            lacks.push(FieldViolation::new("spec.command", "REQUIRED", what));
-        }
-        let mut need = |wanted: bool, has: bool, field: String, what: &str| {
-            if wanted && !has {
-                lacks.push(FieldViolation::new(field, "UNSUPPORTED", format!("this backend cannot honour {what}")));
-            }
-        };
         need(!spec.inputs.is_empty(), self.inputs_outputs, "spec.inputs".into(), "inputs");
         need(!spec.outputs.is_empty(), self.inputs_outputs, "spec.outputs".into(), "outputs");
         for (i, input) in spec.inputs.iter().enumerate() {

@@ -15,6 +15,7 @@ pub mod id;
 pub mod limits;
 pub mod log;
 pub mod outcome;
+pub mod service;
 pub mod spec;
 pub mod state;
 pub mod store;

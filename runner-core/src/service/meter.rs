@@ -1,0 +1,36 @@
+//! What the service counts and measures. The composition root decides where the numbers go.
+
+use std::time::Duration;
+
+use crate::{id::BackendName, outcome::Cause, state::RunState};
+
+/// Takes measurements. Implementations MUST NOT block.
+#[allow(unused_variables, reason = "a meter takes what interests it")]
+pub trait Meter: std::fmt::Debug + Send + Sync + 'static {
+    /// A run was accepted for a backend.
+    fn accepted(&self, backend: &BackendName) {}
+    /// A run was refused. `reason` is one of a fixed set.
+    fn refused(&self, reason: &'static str) {}
+    /// An attempt spent `duration` in `state`.
+    fn phase(&self, backend: &BackendName, state: RunState, duration: Duration) {}
+    /// A run ended, `duration` after it was accepted.
+    fn ended(&self, backend: &BackendName, state: RunState, cause: Cause, duration: Duration) {}
+    /// An attempt is tried again.
+    fn retried(&self, backend: &BackendName, cause: Cause) {}
+    /// Log bytes were taken over from a workload.
+    fn log_bytes(&self, bytes: u64) {}
+    /// A watcher came (+1) or went (-1).
+    fn watchers(&self, change: i64) {}
+    /// Live runs, all states.
+    fn live_runs(&self, count: usize) {}
+    /// The reconciler removed a workload that no live run claims.
+    fn orphan_removed(&self, backend: &BackendName) {}
+    /// Stored rows that do not decode, at the last look.
+    fn quarantined(&self, rows: usize) {}
+}
+
+/// Measures nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoMeter;
+
+impl Meter for NoMeter {}

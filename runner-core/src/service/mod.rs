@@ -1,0 +1,530 @@
+//! The service without its surfaces: admission, the life of each run, watchers, recovery.
+//!
+//! [`RunService`] is what a gRPC front, or any other, is built over. Everything that it knows can be rebuilt from the
+//! store and the backends' lists: a restart is nothing special.
+
+mod driver;
+mod error;
+mod live;
+mod meter;
+mod reconcile;
+mod retry;
+mod route;
+mod stream;
+mod watchdog;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures::stream::BoxStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{driver::Driver, live::LiveRuns};
+pub use self::{
+    error::ServiceError,
+    meter::{Meter, NoMeter},
+    stream::{InvalidCursor, StreamBody, StreamCursor, StreamItem, StreamOptions},
+};
+use crate::{
+    artifact::ArtifactStore,
+    backend::{Backend, BackendErrorKind, Health, WorkloadInput},
+    capability::Capabilities,
+    clock::{Clock, IdGen},
+    crash,
+    id::{BackendName, IdempotencyKey, RunId, TenantId},
+    limits::Limits,
+    log::LogStore,
+    outcome::{Cause, Outcome},
+    spec::RunSpec,
+    state::RunState,
+    store::{
+        Accepted, AttemptRecord, CancelIntent, LiveLimits, NewRun, PageCursor, RunEvent, RunFilter, RunPage,
+        RunRecord, Store, StoreError, StoredEvent, Timer,
+    },
+    task::{self, TaskKind},
+};
+
+/// Who calls, as the credentials say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// Whose runs it may see.
+    pub tenant: TenantId,
+    /// For audit.
+    pub subject: String,
+}
+
+/// A request to run.
+#[derive(Debug, Clone)]
+pub struct RunRequest {
+    /// What to run.
+    pub spec: RunSpec,
+    /// The caller's choice of an id.
+    pub run_id: Option<RunId>,
+    /// The caller's own name for it.
+    pub key: Option<IdempotencyKey>,
+}
+
+/// What the service is made of.
+#[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "each is documented at its trait")]
+pub struct Parts {
+    pub store: Arc<dyn Store>,
+    pub logs: Arc<dyn LogStore>,
+    pub artifacts: Arc<dyn ArtifactStore>,
+    /// At least the default one. Names are unique.
+    pub backends: Vec<Arc<dyn Backend>>,
+    pub default_backend: BackendName,
+    pub clock: Arc<dyn Clock>,
+    pub ids: Arc<dyn IdGen>,
+    pub limits: Limits,
+    pub options: Options,
+    pub meter: Arc<dyn Meter>,
+}
+
+/// How the service behaves where the contract leaves it open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Time between two comparisons of store and substrate.
+    pub reconcile_interval: Duration,
+    /// How much later than the shim's own timeout the service's backstop fires.
+    pub deadline_slack: Duration,
+    /// First wait after a failed verb of the store, the log store or a backend; doubles up to `max_pause`.
+    pub min_pause: Duration,
+    /// See `min_pause`.
+    pub max_pause: Duration,
+    /// How often a failed `ensure` for reasons of image or input is repeated within one attempt.
+    pub ensure_tries: u32,
+    /// How long observation may fail without a break before the attempt is given up as `LOST`.
+    pub observe_patience: Duration,
+    /// Time between two keep-alives of a silent stream.
+    pub keep_alive: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            reconcile_interval: Duration::from_secs(60),
+            deadline_slack: Duration::from_secs(15),
+            min_pause: Duration::from_millis(50),
+            max_pause: Duration::from_secs(5),
+            ensure_tries: 6,
+            observe_patience: Duration::from_secs(600),
+            keep_alive: Duration::from_secs(15),
+        }
+    }
+}
+
+/// A backend, as an operator sees it.
+#[derive(Debug, Clone)]
+pub struct BackendStatus {
+    /// Its configured name.
+    pub name: BackendName,
+    /// Its kind.
+    pub kind: &'static str,
+    /// Whether it takes work.
+    pub health: Health,
+    /// What it can honour.
+    pub capabilities: Capabilities,
+    /// Attempts that hold a slot.
+    pub active: usize,
+    /// Most attempts at once.
+    pub slots: usize,
+}
+
+/// Whether the service can do its work.
+#[derive(Debug, Clone)]
+pub struct Readiness {
+    /// Whether every dependency, and at least one backend, answered.
+    pub ready: bool,
+    /// What was asked, and what was wrong.
+    pub checks: Vec<(String, Result<(), String>)>,
+}
+
+#[derive(Debug)]
+struct BackendEntry {
+    backend: Arc<dyn Backend>,
+    slots: Arc<Semaphore>,
+    size: usize,
+}
+
+/// What every part of the service shares.
+#[derive(Debug)]
+struct Core {
+    parts: Parts,
+    backends: BTreeMap<BackendName, BackendEntry>,
+    live: LiveRuns,
+    stopping: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Core {
+    /// Starts the driver of a run that has none. `fresh`: no process has driven it before.
+    fn drive(self: &Arc<Self>, record: RunRecord, timers: &[Timer], fresh: bool) {
+        let Some(entry) = self.backends.get(&record.backend) else {
+            tracing::error!(
+                run.id = %record.id, backend = %record.backend,
+                "a live run's backend is not configured any more; the run waits until it is"
+            );
+            return;
+        };
+        let Some(live) = self.live.add(record.id, record.last_event) else { return };
+        if fresh {
+            live.publish([StoredEvent {
+                seq: record.last_event,
+                time: record.created,
+                event: RunEvent::StateChanged { position: record.position, reason: String::new() },
+            }]);
+        }
+        self.parts.meter.live_runs(self.live.len());
+        let driver = Driver::new(
+            self,
+            live,
+            record,
+            timers,
+            Arc::clone(&entry.backend),
+            Arc::clone(&entry.slots),
+            fresh,
+        );
+        let tracked = self.tasks.track_future(driver.drive());
+        task::spawn(TaskKind::Run, "run", tracked);
+    }
+
+    /// Waits. False where the service stops first.
+    async fn pause(&self, duration: Duration) -> bool {
+        tokio::select! {
+            () = tokio::time::sleep(duration) => true,
+            () = self.stopping.cancelled() => false,
+        }
+    }
+
+    /// The pause after `failures` failures in a row: doubling, with jitter.
+    fn backoff(&self, failures: u32) -> Duration {
+        let options = &self.parts.options;
+        let full = options.min_pause.saturating_mul(1 << failures.min(16)).min(options.max_pause);
+        let micros = u64::try_from(full.as_micros()).unwrap_or(u64::MAX).max(1);
+        full / 2 + Duration::from_micros(self.parts.ids.random() % micros) / 2
+    }
+}
+
+/// Runs workloads. See the module's documentation.
+#[derive(Debug, Clone)]
+pub struct RunService {
+    core: Arc<Core>,
+}
+
+impl RunService {
+    /// Puts the parts together, adopts every live run, and starts the loops.
+    ///
+    /// # Errors
+    /// Where the parts do not fit together, or the store does not answer.
+    pub async fn start(parts: Parts) -> Result<Arc<Self>, ServiceError> {
+        let mut backends = BTreeMap::new();
+        for backend in &parts.backends {
+            let size = backend.slots().clamp(1, Semaphore::MAX_PERMITS);
+            let entry =
+                BackendEntry { backend: Arc::clone(backend), slots: Arc::new(Semaphore::new(size)), size };
+            if backends.insert(backend.name().clone(), entry).is_some() {
+                return Err(precondition(
+                    "DUPLICATE_BACKEND",
+                    format!("two backends are named {}", backend.name()),
+                ));
+            }
+        }
+        if !backends.contains_key(&parts.default_backend) {
+            let message = format!("the default backend {} is not configured", parts.default_backend);
+            return Err(precondition("UNKNOWN_BACKEND", message));
+        }
+        let core = Arc::new(Core {
+            parts,
+            backends,
+            live: LiveRuns::default(),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        reconcile::adopt(&core).await?;
+        let reconciler = core.tasks.track_future(reconcile::run(Arc::clone(&core)));
+        task::spawn(TaskKind::Loop, "reconciler", reconciler);
+        Ok(Arc::new(Self { core }))
+    }
+
+    /// Accepts a run. When this returns, the run is durable. True: it is new.
+    ///
+    /// # Errors
+    /// As the contract says under "Run"; nothing is stored then.
+    pub async fn run(&self, caller: &Caller, request: RunRequest) -> Result<(RunRecord, bool), ServiceError> {
+        let answer = self.admit(caller, request).await;
+        match &answer {
+            Err(ServiceError::Invalid(_)) => self.core.parts.meter.refused("invalid"),
+            Err(ServiceError::AlreadyExists { .. }) => self.core.parts.meter.refused("already_exists"),
+            Err(ServiceError::Exhausted { .. }) => self.core.parts.meter.refused("exhausted"),
+            Err(ServiceError::Unavailable(_)) => self.core.parts.meter.refused("unavailable"),
+            Err(
+                ServiceError::NotFound(_)
+                | ServiceError::FailedPrecondition { .. }
+                | ServiceError::Internal(_),
+            ) => {
+                self.core.parts.meter.refused("other");
+            }
+            Ok(_) => {}
+        }
+        answer
+    }
+
+    async fn admit(&self, caller: &Caller, request: RunRequest) -> Result<(RunRecord, bool), ServiceError> {
+        let core = &self.core;
+        let parts = &core.parts;
+        if core.stopping.is_cancelled() {
+            return Err(ServiceError::Unavailable("the service is shutting down".to_owned()));
+        }
+        request.spec.validate(&caller.tenant, &parts.limits)?;
+        let choice = route::choose(
+            core.backends.iter().map(|(name, entry)| (name, &entry.backend)),
+            &parts.default_backend,
+            &request.spec,
+        )?;
+        let digest = request.spec.digest();
+        let spec = parts.limits.apply(request.spec, &choice.backend.capabilities());
+        let run = NewRun {
+            id: request.run_id.unwrap_or_else(|| parts.ids.run_id()),
+            tenant: caller.tenant.clone(),
+            key: request.key,
+            spec: Arc::new(spec),
+            digest,
+            backend: choice.backend.name().clone(),
+            backend_reason: choice.reason,
+            time: parts.clock.now(),
+        };
+        let limits =
+            LiveLimits { total: parts.limits.live_runs, per_tenant: parts.limits.live_runs_per_tenant };
+        crash::point("run.before-accept");
+        match parts.store.accept(run, limits).await? {
+            Accepted::Created(record) => {
+                crash::point("run.accepted");
+                tracing::debug!(run.id = %record.id, tenant = %record.tenant, backend = %record.backend, "accepted");
+                parts.meter.accepted(&record.backend);
+                core.drive(record.clone(), &[], true);
+                Ok((record, true))
+            }
+            Accepted::Existing(record) => Ok((record, false)),
+            Accepted::Conflict { field } => Err(ServiceError::AlreadyExists { field }),
+            Accepted::Full { limit, max } => {
+                Err(ServiceError::Exhausted { limit, max, retry_after: Duration::from_secs(1) })
+            }
+        }
+    }
+
+    /// A run of the caller's tenant.
+    async fn find(&self, caller: &Caller, id: RunId) -> Result<RunRecord, ServiceError> {
+        match self.core.parts.store.get(id).await? {
+            Some(record) if record.tenant == caller.tenant => Ok(record),
+            // Another tenant's run is not told from one that does not exist.
+            _ => Err(ServiceError::NotFound(id)),
+        }
+    }
+
+    /// Asks for the end. Returns once the intent is durable.
+    ///
+    /// # Errors
+    /// `NotFound`, or the store's failure.
+    pub async fn cancel(
+        &self,
+        caller: &Caller,
+        id: RunId,
+        reason: String,
+    ) -> Result<RunRecord, ServiceError> {
+        let parts = &self.core.parts;
+        let record = self.find(caller, id).await?;
+        if record.position.state.is_terminal() {
+            return Ok(record);
+        }
+        let time = parts.clock.now();
+        let mut reason = reason;
+        if reason.len() > 1024 {
+            reason.truncate(reason.floor_char_boundary(1024));
+        }
+        let in_queue = Outcome::new(record.position.attempt, Cause::Cancelled, "cancelled in the queue")
+            .with_evidence("cancel", format!("requested by {}: {reason}", caller.subject), time);
+        crash::point("cancel.before-intent");
+        let answer = parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
+        crash::point("cancel.intent");
+        let run = answer.run;
+        if answer.newly
+            && let Some(live) = self.core.live.get(id)
+        {
+            if let (true, Some(outcome)) = (run.position.state.is_terminal(), &run.outcome) {
+                live.publish([StoredEvent {
+                    seq: run.last_event,
+                    time,
+                    event: RunEvent::Terminated { position: run.position, outcome: outcome.clone() },
+                }]);
+            }
+            live.intent_stored();
+        }
+        Ok(run)
+    }
+
+    /// A run and its ended attempts.
+    ///
+    /// # Errors
+    /// `NotFound`, or the store's failure.
+    pub async fn get(
+        &self,
+        caller: &Caller,
+        id: RunId,
+    ) -> Result<(RunRecord, Vec<AttemptRecord>), ServiceError> {
+        let record = self.find(caller, id).await?;
+        let attempts = self.core.parts.store.attempts(id).await?;
+        Ok((record, attempts))
+    }
+
+    /// A page of the caller's runs, newest first.
+    ///
+    /// # Errors
+    /// The store's failure.
+    pub async fn list(
+        &self,
+        caller: &Caller,
+        mut filter: RunFilter,
+        after: Option<PageCursor>,
+        max: usize,
+    ) -> Result<RunPage, ServiceError> {
+        filter.tenant = Some(caller.tenant.clone());
+        Ok(self.core.parts.store.list(&filter, after, max.clamp(1, 1000)).await?)
+    }
+
+    /// Replays a run from a cursor, then follows it. The terminal event is always the last.
+    ///
+    /// # Errors
+    /// `NotFound`, or the store's failure. Failures later on come through the stream, and end it; resume from the last
+    /// cursor.
+    pub async fn stream(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: RunId,
+        from: StreamCursor,
+        options: StreamOptions,
+    ) -> Result<BoxStream<'static, Result<StreamItem, ServiceError>>, ServiceError> {
+        // Before the record is read: a run that ends in between is found in the store.
+        let live = self.core.live.get(id);
+        let record = self.find(caller, id).await?;
+        stream::open(Arc::clone(&self.core), live, &record, from, options)
+    }
+
+    /// Sends input to a running workload.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` where the run takes no input, or not now.
+    pub async fn input(&self, caller: &Caller, id: RunId, input: WorkloadInput) -> Result<(), ServiceError> {
+        let record = self.find(caller, id).await?;
+        match &input {
+            WorkloadInput::Resize(_) if record.spec.terminal.is_none() => {
+                return Err(precondition("NO_TERMINAL", "the run's spec asks for no terminal".to_owned()));
+            }
+            WorkloadInput::Stdin(_) | WorkloadInput::Eof
+                if !record.spec.stdin && record.spec.terminal.is_none() =>
+            {
+                return Err(precondition("NO_STDIN", "the run's spec asks for no standard input".to_owned()));
+            }
+            WorkloadInput::Stdin(_) | WorkloadInput::Eof | WorkloadInput::Resize(_) => {}
+        }
+        let not_running = || {
+            let message = format!("the run is {}, not RUNNING", record.position.state.as_str());
+            precondition("NOT_RUNNING", message)
+        };
+        let (Some(attempt), RunState::Running) = (record.attempt(), record.position.state) else {
+            return Err(not_running());
+        };
+        let Some(entry) = self.core.backends.get(&record.backend) else { return Err(not_running()) };
+        let workload = entry.backend.workload_ref(attempt);
+        entry.backend.input(&workload, input).await.map_err(|error| match error.kind {
+            BackendErrorKind::NotFound | BackendErrorKind::NotAttachable => {
+                precondition("NOT_ATTACHABLE", error.chain())
+            }
+            BackendErrorKind::Image
+            | BackendErrorKind::Input
+            | BackendErrorKind::Output
+            | BackendErrorKind::Unschedulable
+            | BackendErrorKind::Unsupported
+            | BackendErrorKind::Substrate => ServiceError::Unavailable(error.chain()),
+        })
+    }
+
+    /// Every backend, with its health.
+    pub async fn backends(&self) -> Vec<BackendStatus> {
+        let ask = self.core.backends.iter().map(|(name, entry)| async move {
+            BackendStatus {
+                name: name.clone(),
+                kind: entry.backend.kind(),
+                health: health(entry.backend.as_ref()).await,
+                capabilities: entry.backend.capabilities(),
+                active: entry.size.saturating_sub(entry.slots.available_permits()),
+                slots: entry.size,
+            }
+        });
+        futures::future::join_all(ask).await
+    }
+
+    /// Asks the store, the object store and the backends whether they really answer.
+    pub async fn ready(&self) -> Readiness {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        async fn within<T, E: std::fmt::Display>(
+            ask: impl Future<Output = Result<T, E>>,
+        ) -> Result<(), String> {
+            match tokio::time::timeout(PATIENCE, ask).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("no answer within {PATIENCE:?}")),
+            }
+        }
+        let parts = &self.core.parts;
+        let (store, artifacts, backends) =
+            tokio::join!(within(parts.store.probe()), within(parts.artifacts.probe()), self.backends());
+        let mut checks = vec![("store".to_owned(), store), ("object_store".to_owned(), artifacts)];
+        let dependencies = checks.iter().all(|(_, answer)| answer.is_ok());
+        let backend = backends.iter().any(|backend| backend.health.healthy);
+        checks.extend(backends.into_iter().map(|backend| {
+            let answer = if backend.health.healthy { Ok(()) } else { Err(backend.health.detail) };
+            (format!("backend/{}", backend.name), answer)
+        }));
+        let accepting = !self.core.stopping.is_cancelled();
+        checks
+            .push(("accepting".to_owned(), if accepting { Ok(()) } else { Err("shutting down".to_owned()) }));
+        Readiness { ready: dependencies && backend && accepting, checks }
+    }
+
+    /// Number of runs that this process drives.
+    pub fn live_runs(&self) -> usize {
+        self.core.live.len()
+    }
+
+    /// Stops admitting and driving, and waits until nothing is under way. Workloads live on; the next start adopts them.
+    pub async fn shutdown(&self) {
+        self.core.stopping.cancel();
+        self.core.tasks.close();
+        self.core.tasks.wait().await;
+    }
+}
+
+async fn health(backend: &dyn Backend) -> Health {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    match tokio::time::timeout(PATIENCE, backend.health()).await {
+        Ok(Ok(health)) => health,
+        Ok(Err(error)) => Health { healthy: false, detail: error.chain() },
+        Err(_) => Health { healthy: false, detail: format!("no answer within {PATIENCE:?}") },
+    }
+}
+
+fn precondition(reason: &'static str, message: String) -> ServiceError {
+    ServiceError::FailedPrecondition { reason, message }
+}
+
+/// Whether the same call to the store may succeed later.
+fn store_may_recover(error: &StoreError) -> bool {
+    match error {
+        StoreError::Full(_) | StoreError::Unavailable(_) | StoreError::Other(_) => true,
+        StoreError::NotFound(_) | StoreError::Inconsistent(_) => false,
+    }
+}
+
+/// A slot of a backend. `None`: an adopted workload that came when all were taken.
+type Slot = Option<OwnedSemaphorePermit>;
