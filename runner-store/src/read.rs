@@ -1,0 +1,194 @@
+//! What reads. Each function is one verb on one connection; none changes anything.
+
+use std::fmt::Write as _;
+
+use runner_core::{
+    id::RunId,
+    store::{AttemptRecord, LiveRuns, PageCursor, RunFilter, RunPage, RunRecord, StoreError, StoredEvent},
+};
+use rusqlite::{Connection, OptionalExtension as _, params_from_iter, types::Value};
+
+use crate::{
+    error::Fault,
+    row::{self, run_columns},
+};
+
+pub(crate) const GET: &str =
+    concat!("SELECT ", run_columns!(), " FROM runs r LEFT JOIN specs s ON s.rn = r.rn WHERE r.id = ?1");
+pub(crate) const RN: &str = "SELECT rn FROM runs WHERE id = ?1";
+pub(crate) const ATTEMPTS: &str =
+    "SELECT number, backend, started, ended, outcome FROM attempts WHERE rn = ?1 ORDER BY number";
+pub(crate) const EVENTS: &str =
+    "SELECT seq, time, event FROM events WHERE rn = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3";
+pub(crate) const LIVE: &str = concat!(
+    "SELECT ",
+    run_columns!(),
+    " FROM runs r INDEXED BY runs_live LEFT JOIN specs s ON s.rn = r.rn \
+      WHERE r.ended IS NULL ORDER BY r.created, r.id"
+);
+pub(crate) const LIVE_TIMERS: &str = "SELECT r.id, t.kind, t.due, t.duration FROM timers t CROSS JOIN runs r ON r.rn = t.rn \
+     ORDER BY t.rn, t.kind";
+
+/// Finds a run.
+pub(crate) fn get(conn: &Connection, id: RunId) -> Result<Option<RunRecord>, Fault> {
+    let mut statement = conn.prepare_cached(GET)?;
+    let found = statement.query_row([row::key(id)], |row| Ok(row::run(row))).optional()?;
+    Ok(found.transpose()?)
+}
+
+/// The number that other tables know a run by.
+fn rn(conn: &Connection, id: RunId) -> Result<i64, Fault> {
+    let found = conn.prepare_cached(RN)?.query_row([row::key(id)], |row| row.get(0)).optional()?;
+    found.ok_or(Fault::Answer(StoreError::NotFound(id)))
+}
+
+/// The ended attempts of a run.
+pub(crate) fn attempts(conn: &Connection, id: RunId) -> Result<Vec<AttemptRecord>, Fault> {
+    let rn = rn(conn, id)?;
+    let mut statement = conn.prepare_cached(ATTEMPTS)?;
+    let mut rows = statement.query([rn])?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        found.push(row::attempt(row, id)?);
+    }
+    Ok(found)
+}
+
+/// Events of a run after number `after`.
+pub(crate) fn events(
+    conn: &Connection,
+    id: RunId,
+    after: u64,
+    max: usize,
+) -> Result<Vec<StoredEvent>, Fault> {
+    let rn = rn(conn, id)?;
+    let mut statement = conn.prepare_cached(EVENTS)?;
+    let mut rows = statement.query((rn, row::int(after), i64::try_from(max).unwrap_or(i64::MAX)))?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        found.push(row::event(row, id)?);
+    }
+    Ok(found)
+}
+
+/// Every run that is not terminal, with its timers; one snapshot.
+pub(crate) fn live(conn: &Connection) -> Result<LiveRuns, Fault> {
+    let snapshot = conn.unchecked_transaction()?;
+    let mut live = LiveRuns::default();
+    let mut statement = snapshot.prepare_cached(LIVE)?;
+    let mut rows = statement.query(())?;
+    while let Some(row) = rows.next()? {
+        match row::run(row) {
+            Ok(run) => live.runs.push(run),
+            Err(inconsistency) => live.quarantined.push(inconsistency),
+        }
+    }
+    let known: std::collections::HashSet<RunId> = live.runs.iter().map(|run| run.id).collect();
+    let mut statement = snapshot.prepare_cached(LIVE_TIMERS)?;
+    let mut rows = statement.query(())?;
+    while let Some(row) = rows.next()? {
+        match row::timer(row) {
+            Ok(timer) if known.contains(&timer.0) => live.timers.push(timer),
+            // Of a run that is quarantined itself.
+            Ok(_) => {}
+            Err(inconsistency) => live.quarantined.push(inconsistency),
+        }
+    }
+    Ok(live)
+}
+
+/// A page of runs.
+pub(crate) fn list(
+    conn: &Connection,
+    filter: &RunFilter,
+    after: Option<PageCursor>,
+    max: usize,
+) -> Result<RunPage, Fault> {
+    let (sql, values) = list_sql(filter, after);
+    let mut statement = conn.prepare_cached(&sql)?;
+    // Rows come in the order of an index, one by one, so no limit is needed: it would count rows that do not decode.
+    let mut rows = statement.query(params_from_iter(values))?;
+    let mut page = RunPage::default();
+    while let Some(row) = rows.next()? {
+        if page.runs.len() >= max.max(1) {
+            page.next = page.runs.last().map(|run| PageCursor { created: run.created, id: run.id });
+            break;
+        }
+        match row::run(row) {
+            Ok(run) => page.runs.push(run),
+            Err(inconsistency) => {
+                tracing::warn!(
+                    table = inconsistency.table,
+                    column = inconsistency.column,
+                    key = inconsistency.key,
+                    detail = inconsistency.detail,
+                    "left a row out of a listing"
+                );
+            }
+        }
+    }
+    Ok(page)
+}
+
+/// The statement of a listing. The index is named, so that the plan does not depend on statistics: it gives the order, and
+/// the cursor is a place in it. By label: the first label's own index; by live states: the index of live runs; else by
+/// tenant, or all. What else the filter says is checked row by row.
+pub(crate) fn list_sql(filter: &RunFilter, after: Option<PageCursor>) -> (String, Vec<Value>) {
+    let mut values: Vec<Value> = Vec::new();
+    let mut conditions = String::new();
+    let mut and = |values: &mut Vec<Value>, condition: &str, new: Vec<Value>| {
+        conditions.push_str(if conditions.is_empty() { " WHERE " } else { " AND " });
+        conditions.push_str(condition);
+        values.extend(new);
+    };
+    let only_live = !filter.states.is_empty() && filter.states.iter().all(|state| !state.is_terminal());
+    let mut labels = filter.labels.iter();
+    let first_label = labels.next();
+    let (from, by) = match first_label {
+        Some(_) => ("labels l CROSS JOIN runs r ON r.rn = l.rn", "l"),
+        None if only_live => ("runs r INDEXED BY runs_live", "r"),
+        None if filter.tenant.is_some() => ("runs r INDEXED BY runs_tenant_created", "r"),
+        None => ("runs r INDEXED BY runs_created", "r"),
+    };
+    let text = |s: &str| Value::Text(s.to_owned());
+    if let Some((name, value)) = first_label {
+        and(&mut values, "l.name = ? AND l.value = ?", vec![text(name), text(value)]);
+    }
+    if let Some(tenant) = &filter.tenant {
+        and(&mut values, "r.tenant = ?", vec![text(tenant.as_str())]);
+    }
+    if only_live {
+        and(&mut values, "r.ended IS NULL", vec![]);
+    }
+    if !filter.states.is_empty() {
+        let marks = vec!["?"; filter.states.len()].join(", ");
+        let states = filter.states.iter().map(|state| text(state.as_str())).collect();
+        and(&mut values, &format!("r.state IN ({marks})"), states);
+    }
+    if let Some(backend) = &filter.backend {
+        and(&mut values, "r.backend = ?", vec![text(backend.as_str())]);
+    }
+    if let Some(from) = filter.created_from {
+        and(&mut values, &format!("{by}.created >= ?"), vec![Value::Integer(from.as_micros())]);
+    }
+    if let Some(until) = filter.created_until {
+        and(&mut values, &format!("{by}.created < ?"), vec![Value::Integer(until.as_micros())]);
+    }
+    if let Some(cursor) = after {
+        let place =
+            vec![Value::Integer(cursor.created.as_micros()), Value::Blob(row::key(cursor.id).to_vec())];
+        and(&mut values, &format!("({by}.created, {by}.id) < (?, ?)"), place);
+    }
+    for (name, value) in labels {
+        let has = "EXISTS (SELECT 1 FROM labels m WHERE m.name = ? AND m.value = ? AND m.created = r.created AND m.id = r.id)";
+        and(&mut values, has, vec![text(name), text(value)]);
+    }
+    let mut sql = String::new();
+    // Writing to a `String` does not fail.
+    let _ = write!(
+        sql,
+        "SELECT {} FROM {from} LEFT JOIN specs s ON s.rn = r.rn{conditions} ORDER BY {by}.created DESC, {by}.id DESC",
+        run_columns!()
+    );
+    (sql, values)
+}

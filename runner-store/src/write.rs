@@ -1,0 +1,401 @@
+//! What writes. Each verb runs inside of the writer's transaction; its answer is given after the commit.
+
+use runner_core::{
+    clock::Timestamp,
+    id::{IdempotencyKey, RunId},
+    outcome::Outcome,
+    state::{Position, RunState},
+    store::{
+        Accepted, CancelIntent, CancelRequested, LiveLimits, NewRun, RunEvent, RunRecord, StoreError, Timer,
+        Transition, Transitioned,
+    },
+};
+use rusqlite::{CachedStatement, Connection, OptionalExtension as _, named_params, params};
+
+use crate::{
+    error::Fault,
+    read,
+    row::{self, to_json},
+    writer::LiveCounts,
+};
+
+pub(crate) const INSERT_RUN: &str = "INSERT INTO runs (id, tenant, key, digest, state, attempt, backend, backend_reason, created, last_event) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 1) ON CONFLICT DO NOTHING";
+pub(crate) const INSERT_SPEC: &str = "INSERT INTO specs (rn, spec) VALUES (?1, ?2)";
+pub(crate) const INSERT_LABEL: &str =
+    "INSERT INTO labels (name, value, created, id, rn) VALUES (?1, ?2, ?3, ?4, ?5)";
+pub(crate) const INSERT_EVENT: &str = "INSERT INTO events (rn, seq, time, event) VALUES (?1, ?2, ?3, ?4)";
+pub(crate) const INSERT_ATTEMPT: &str =
+    "INSERT INTO attempts (rn, number, backend, started, ended, outcome) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+pub(crate) const INSERT_TIMER: &str = "INSERT INTO timers (rn, kind, due, duration) VALUES (?1, ?2, ?3, ?4)";
+pub(crate) const DELETE_TIMERS: &str = "DELETE FROM timers WHERE rn = ?1";
+pub(crate) const BY_ID: &str = "SELECT tenant, digest FROM runs WHERE id = ?1";
+pub(crate) const BY_KEY: &str = "SELECT id, digest FROM runs WHERE tenant = ?1 AND key = ?2";
+/// Leaves `ended` alone, so that the index of live runs is not touched.
+pub(crate) const MOVE: &str = "UPDATE runs SET state = :state, attempt = :attempt, started = coalesce(:started, started), \
+     not_before = :not_before, last_event = last_event + :events \
+     WHERE id = :id AND state = :at_state AND attempt = :at_attempt AND ended IS NULL \
+     AND (NOT :unless_cancelled OR cancel IS NULL) RETURNING rn, last_event, tenant";
+pub(crate) const END: &str = "UPDATE runs SET state = :state, attempt = :attempt, started = coalesce(:started, started), \
+     not_before = :not_before, last_event = last_event + :events, ended = :ended, outcome = :outcome \
+     WHERE id = :id AND state = :at_state AND attempt = :at_attempt AND ended IS NULL \
+     AND (NOT :unless_cancelled OR cancel IS NULL) RETURNING rn, last_event, tenant";
+pub(crate) const NEXT_EVENT: &str =
+    "UPDATE runs SET last_event = last_event + 1 WHERE id = ?1 AND ended IS NULL RETURNING rn, last_event";
+pub(crate) const CANCEL: &str = "UPDATE runs SET cancel = ?2 WHERE id = ?1 AND ended IS NULL";
+pub(crate) const PROBE: &str = "UPDATE probe SET count = count + 1";
+
+/// What a verb works on.
+#[derive(Debug)]
+pub(crate) struct Context<'a> {
+    pub(crate) conn: &'a Connection,
+    pub(crate) live: &'a mut LiveCounts,
+}
+
+impl Context<'_> {
+    fn statement(&self, sql: &str) -> Result<CachedStatement<'_>, Fault> {
+        Ok(self.conn.prepare_cached(sql)?)
+    }
+
+    fn insert_event(&self, rn: i64, seq: i64, time: Timestamp, json: &str) -> Result<(), Fault> {
+        self.statement(INSERT_EVENT)?.execute(params![rn, seq, time.as_micros(), json])?;
+        Ok(())
+    }
+
+    fn must_get(&self, id: RunId) -> Result<RunRecord, Fault> {
+        read::get(self.conn, id)?.ok_or(Fault::Answer(StoreError::NotFound(id)))
+    }
+}
+
+/// A verb that writes. It may be executed more than once, the transaction of the first time having been rolled back.
+pub(crate) trait Verb: Send + 'static {
+    /// What the caller is told.
+    type Answer: Send + 'static;
+    /// Does it. On an error the caller of this function takes back what was done.
+    fn execute(&self, cx: &mut Context<'_>) -> Result<Self::Answer, Fault>;
+}
+
+/// `Store::accept`. Made by the caller's task, so that the writer has no JSON to write.
+pub(crate) struct Accept {
+    run: NewRun,
+    limits: LiveLimits,
+    spec: String,
+    event: String,
+}
+
+impl Accept {
+    pub(crate) fn new(run: NewRun, limits: LiveLimits) -> Result<Self, StoreError> {
+        let spec = to_json(&*run.spec)?;
+        let event = to_json(&NewRun::first_event())?;
+        Ok(Self { run, limits, spec, event })
+    }
+
+    /// The limit that is reached.
+    fn full(&self, live: &LiveCounts) -> Option<(&'static str, u64)> {
+        if live.total() >= self.limits.total {
+            Some(("live_runs", self.limits.total))
+        } else if live.of(self.run.tenant.as_str()) >= self.limits.per_tenant {
+            Some(("live_runs_per_tenant", self.limits.per_tenant))
+        } else {
+            None
+        }
+    }
+
+    fn insert(&self, cx: &mut Context<'_>) -> Result<bool, Fault> {
+        let run = &self.run;
+        let id = row::key(run.id);
+        let created = run.time.as_micros();
+        let inserted = cx.statement(INSERT_RUN)?.execute(params![
+            id,
+            run.tenant.as_str(),
+            run.key.as_ref().map(IdempotencyKey::as_str),
+            run.digest,
+            Position::START.state.as_str(),
+            Position::START.attempt,
+            run.backend.as_str(),
+            run.backend_reason,
+            created,
+        ])?;
+        if inserted == 0 {
+            return Ok(false);
+        }
+        let rn = cx.conn.last_insert_rowid();
+        cx.statement(INSERT_SPEC)?.execute(params![rn, self.spec])?;
+        cx.insert_event(rn, 1, run.time, &self.event)?;
+        for (name, value) in &run.spec.labels {
+            cx.statement(INSERT_LABEL)?.execute(params![name, value, created, id, rn])?;
+        }
+        cx.live.add(run.tenant.as_str());
+        Ok(true)
+    }
+
+    /// What the id or the key names already.
+    fn existing(&self, cx: &Context<'_>) -> Result<Option<Accepted>, Fault> {
+        let run = &self.run;
+        let by_id: Option<(String, Vec<u8>)> = cx
+            .statement(BY_ID)?
+            .query_row([row::key(run.id)], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()?;
+        let by_key: Option<(Vec<u8>, Vec<u8>)> = match &run.key {
+            None => None,
+            Some(key) => cx
+                .statement(BY_KEY)?
+                .query_row([run.tenant.as_str(), key.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+                .optional()?,
+        };
+        if let Some((tenant, digest)) = &by_id
+            && (tenant != run.tenant.as_str() || *digest != run.digest)
+        {
+            return Ok(Some(Accepted::Conflict { field: "run_id" }));
+        }
+        if let Some((_, digest)) = &by_key
+            && *digest != run.digest
+        {
+            return Ok(Some(Accepted::Conflict { field: "idempotency_key" }));
+        }
+        let id = match (by_id, by_key) {
+            (Some(_), _) => run.id,
+            (None, Some((id, _))) => uuid::Uuid::from_slice(&id)
+                .map(RunId::new)
+                .map_err(|_| StoreError::Other("a run's id is not 16 bytes".to_owned()))?,
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(Accepted::Existing(cx.must_get(id)?)))
+    }
+}
+
+impl Verb for Accept {
+    type Answer = Accepted;
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<Accepted, Fault> {
+        let full = self.full(cx.live);
+        if full.is_none() && self.insert(cx)? {
+            return Ok(Accepted::Created(self.run.clone().into_record()));
+        }
+        match (self.existing(cx)?, full) {
+            (Some(answer), _) => Ok(answer),
+            (None, Some((limit, max))) => Ok(Accepted::Full { limit, max }),
+            // One writer: what was in the way cannot have gone.
+            (None, None) => Err(StoreError::Other("a run was neither inserted nor found".to_owned()).into()),
+        }
+    }
+}
+
+/// `Store::transition`.
+pub(crate) struct Move {
+    transition: Transition,
+    events: Vec<String>,
+    outcome: Option<String>,
+    attempt_outcome: Option<String>,
+}
+
+impl Move {
+    pub(crate) fn new(transition: Transition) -> Result<Self, StoreError> {
+        if let Some(fault) = transition.fault() {
+            return Err(StoreError::Other(format!("the transition is malformed: {fault}")));
+        }
+        Ok(Self {
+            events: transition.events.iter().map(to_json).collect::<Result<_, _>>()?,
+            outcome: transition.outcome.as_ref().map(to_json).transpose()?,
+            attempt_outcome: transition
+                .ended_attempt
+                .as_ref()
+                .map(|attempt| to_json(&attempt.outcome))
+                .transpose()?,
+            transition,
+        })
+    }
+}
+
+impl Verb for Move {
+    type Answer = Transitioned;
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<Transitioned, Fault> {
+        let t = &self.transition;
+        let changed =
+            update(cx, t, i64::try_from(self.events.len()).unwrap_or(i64::MAX), self.outcome.as_deref())?;
+        let Some((rn, last_event, tenant)) = changed else {
+            return Ok(Transitioned::Conflict(Box::new(cx.must_get(t.run)?)));
+        };
+        let first = last_event - i64::try_from(self.events.len()).unwrap_or(0) + 1;
+        for (seq, event) in (first..).zip(&self.events) {
+            cx.insert_event(rn, seq, t.time, event)?;
+        }
+        if let (Some(attempt), Some(outcome)) = (&t.ended_attempt, &self.attempt_outcome) {
+            cx.statement(INSERT_ATTEMPT)?.execute(params![
+                rn,
+                attempt.number,
+                attempt.backend.as_str(),
+                attempt.started.map(Timestamp::as_micros),
+                attempt.ended.as_micros(),
+                outcome,
+            ])?;
+        }
+        cx.statement(DELETE_TIMERS)?.execute([rn])?;
+        for Timer { kind, due, duration } in &t.timers {
+            cx.statement(INSERT_TIMER)?.execute(params![
+                rn,
+                row::timer_name(*kind),
+                due.as_micros(),
+                row::nanos(*duration)
+            ])?;
+        }
+        if t.next.state.is_terminal() {
+            cx.live.remove(&tenant);
+        }
+        Ok(Transitioned::Applied { last_event: u64::try_from(last_event).unwrap_or(0) })
+    }
+}
+
+/// The conditional update. `id` is unique, so at most one row changes; what it returns says that one did.
+fn update(
+    cx: &Context<'_>,
+    t: &Transition,
+    events: i64,
+    outcome: Option<&str>,
+) -> Result<Option<(i64, i64, String)>, Fault> {
+    let id = row::key(t.run);
+    let mut params: Vec<(&str, &dyn rusqlite::ToSql)> = Vec::with_capacity(11);
+    let (state, at_state) = (t.next.state.as_str(), t.expected.state.as_str());
+    let (started, not_before) = (t.started.map(Timestamp::as_micros), t.not_before.map(Timestamp::as_micros));
+    let ended = t.time.as_micros();
+    params.extend_from_slice(named_params! {
+        ":state": state,
+        ":attempt": t.next.attempt,
+        ":started": started,
+        ":not_before": not_before,
+        ":events": events,
+        ":id": id,
+        ":at_state": at_state,
+        ":at_attempt": t.expected.attempt,
+        ":unless_cancelled": t.unless_cancelled,
+    });
+    let sql = if t.next.state.is_terminal() {
+        params.extend_from_slice(named_params! { ":ended": ended, ":outcome": outcome });
+        END
+    } else {
+        MOVE
+    };
+    let changed = cx
+        .statement(sql)?
+        .query_row(params.as_slice(), |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        .optional()?;
+    Ok(changed)
+}
+
+/// `Store::append_event`.
+pub(crate) struct Append {
+    id: RunId,
+    time: Timestamp,
+    event: String,
+}
+
+impl Append {
+    pub(crate) fn new(id: RunId, event: &RunEvent, time: Timestamp) -> Result<Self, StoreError> {
+        match event {
+            RunEvent::Outputs(_) | RunEvent::Notice(_) => Ok(Self { id, time, event: to_json(event)? }),
+            RunEvent::StateChanged { .. } | RunEvent::Terminated { .. } => Err(StoreError::Other(
+                "a change of position is stored by a transition, not appended".to_owned(),
+            )),
+        }
+    }
+}
+
+impl Verb for Append {
+    type Answer = Option<u64>;
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<Option<u64>, Fault> {
+        let id = row::key(self.id);
+        let next: Option<(i64, i64)> =
+            cx.statement(NEXT_EVENT)?.query_row([id], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+        match next {
+            Some((rn, seq)) => {
+                cx.insert_event(rn, seq, self.time, &self.event)?;
+                Ok(u64::try_from(seq).ok())
+            }
+            None if cx.statement(read::RN)?.exists([id])? => Ok(None),
+            None => Err(StoreError::NotFound(self.id).into()),
+        }
+    }
+}
+
+/// `Store::request_cancel`.
+pub(crate) struct Cancel {
+    pub(crate) id: RunId,
+    pub(crate) intent: CancelIntent,
+    pub(crate) in_queue: Outcome,
+}
+
+impl Verb for Cancel {
+    type Answer = CancelRequested;
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<CancelRequested, Fault> {
+        let mut run = cx.must_get(self.id)?;
+        if run.position.state.is_terminal() {
+            return Ok(CancelRequested { run, newly: false });
+        }
+        let newly = run.cancel.is_none();
+        if newly {
+            let changed =
+                cx.statement(CANCEL)?.execute(params![row::key(self.id), to_json(&self.intent)?])?;
+            if changed != 1 {
+                return Err(
+                    StoreError::Other(format!("storing an intent to cancel changed {changed} rows")).into()
+                );
+            }
+            run.cancel = Some(self.intent.clone());
+        }
+        if run.position.state == RunState::Queued {
+            self.end_in_queue(cx, &mut run)?;
+        }
+        Ok(CancelRequested { run, newly })
+    }
+}
+
+impl Cancel {
+    /// No attempt executes the run, so nobody has to be waited for.
+    fn end_in_queue(&self, cx: &mut Context<'_>, run: &mut RunRecord) -> Result<(), Fault> {
+        let next = Position { state: RunState::Cancelled, attempt: run.position.attempt };
+        let end = Move::new(Transition {
+            run: run.id,
+            expected: run.position,
+            next,
+            unless_cancelled: false,
+            time: self.intent.time,
+            started: None,
+            not_before: None,
+            outcome: Some(self.in_queue.clone()),
+            ended_attempt: None,
+            events: vec![RunEvent::Terminated { position: next, outcome: self.in_queue.clone() }],
+            timers: Vec::new(),
+        })?;
+        match end.execute(cx)? {
+            Transitioned::Applied { last_event } => {
+                run.position = next;
+                run.not_before = None;
+                run.ended = Some(self.intent.time);
+                run.outcome = Some(self.in_queue.clone());
+                run.last_event = last_event;
+                Ok(())
+            }
+            // It was read in this very transaction.
+            Transitioned::Conflict(_) => {
+                Err(StoreError::Other("a queued run changed under its own transaction".to_owned()).into())
+            }
+        }
+    }
+}
+
+/// The write of `Store::probe`.
+pub(crate) struct Probe;
+
+impl Verb for Probe {
+    type Answer = ();
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<(), Fault> {
+        match cx.statement(PROBE)?.execute(())? {
+            1 => Ok(()),
+            rows => Err(StoreError::Other(format!("the probe's write changed {rows} rows")).into()),
+        }
+    }
+}
