@@ -1,3 +1,4 @@
 //! In-memory fakes of the traits, for tests. Each passes the conformance suite of its trait.
 
 pub mod backend;
+pub mod store;
