@@ -1,0 +1,47 @@
+//! The project's own commands. `cargo xtask` without a command lists them.
+
+mod bench;
+mod check_deps;
+mod demo;
+mod process;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+  demo          build, start the service on loopback, run a real workload on real input, show its log and outputs, stop
+  test [FILTER] set up what the tests need, then format, clippy, dependency directions, all tests (FILTER: only tests
+                whose name contains it, and nothing else)
+  bench [ROW…]  measure the rows of docs/benchmarks.md and print one table of ratios
+  check-deps    check that the crates depend on one another in the directions that docs/ARCHITECTURE.md allows
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let (command, rest) = match args.split_first() {
+        Some((command, rest)) => (command.as_str(), rest),
+        None => ("", &[][..]),
+    };
+    let outcome: Result<()> = match (command, rest) {
+        ("demo", []) => demo::run(),
+        ("test", rest) => test::run(rest),
+        ("bench", rest) => bench::run(rest),
+        ("check-deps", []) => check_deps::run(),
+        _ => {
+            process::say(USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            process::say(&format!("xtask {command}: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}

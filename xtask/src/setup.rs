@@ -1,0 +1,54 @@
+//! What the tests need and a fresh machine lacks. As root on Debian it is installed; elsewhere what is there is used, and
+//! what is missing is named.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::process;
+
+/// A program that tests use, the Debian package that has it, and what goes untested without it.
+struct Need {
+    program: &'static str,
+    package: &'static str,
+    without: &'static str,
+}
+
+const NEEDS: &[Need] = &[
+    Need { program: "python3", package: "python3", without: "the Python client" },
+    Need { program: "setpriv", package: "util-linux", without: "the shim without privileges" },
+    Need { program: "busybox", package: "busybox-static", without: "images other than `host`" },
+];
+
+/// Installs what is missing, where it may; else says what is missing.
+pub(crate) fn run() -> Result<()> {
+    let mut missing: Vec<&Need> = NEEDS.iter().filter(|need| !process::in_path(need.program)).collect();
+    let venv = process::in_path("python3") && !python_has_venv();
+    if missing.is_empty() && !venv {
+        return Ok(());
+    }
+    if is_root() && process::in_path("apt-get") {
+        let mut packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+        if venv || missing.iter().any(|need| need.program == "python3") {
+            packages.push("python3-venv");
+        }
+        process::say(&format!("setup: installing {}", packages.join(" ")));
+        process::run(Command::new("apt-get").args(["update", "-q"]))?;
+        let mut install = Command::new("apt-get");
+        install.env("DEBIAN_FRONTEND", "noninteractive");
+        process::run(install.args(["install", "-y", "-q", "--no-install-recommends"]).args(packages))?;
+        missing.retain(|need| !process::in_path(need.program));
+    }
+    for need in missing {
+        process::say(&format!("setup: SKIPPED: no {} here; not tested: {}", need.program, need.without));
+    }
+    Ok(())
+}
+
+fn is_root() -> bool {
+    process::output(Command::new("id").arg("-u")).is_ok_and(|id| id.trim_ascii() == b"0")
+}
+
+fn python_has_venv() -> bool {
+    process::output(Command::new("python3").args(["-c", "import venv, ensurepip"])).is_ok()
+}
