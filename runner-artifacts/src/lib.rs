@@ -1,1 +1,3 @@
 //! runner-artifacts
+
+pub mod log;

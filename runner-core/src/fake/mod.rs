@@ -1,4 +1,5 @@
 //! In-memory fakes of the traits, for tests. Each passes the conformance suite of its trait.
 
 pub mod backend;
+pub mod log;
 pub mod store;

@@ -116,8 +116,9 @@ pub enum LogError {
         /// Where the frame starts.
         got: u64,
     },
-    /// A frame came for a sealed log.
-    #[error("log of {attempt} is sealed")]
+    /// A frame came for a log that is sealed, or that was not opened here. A sealed log leaves no trace in memory, so the
+    /// two are told apart by opening it.
+    #[error("log of {attempt} is sealed or not open")]
     Sealed {
         /// Whose log.
         attempt: AttemptId,
@@ -156,10 +157,16 @@ pub type FrameBatch = Vec<Frame>;
 ///    It MUST show a frame no later than its durability, and SHOULD show it at once.
 /// 6. `seal` makes everything durable, then permits no more frames. Idempotent.
 /// 7. A log that was never appended to reads as empty once it is sealed.
+/// 8. `append` and `flush` for a log that is not open answer [`LogError::Sealed`].
+/// 9. One process at a time has a log open. `read` needs nobody to have it open: it then shows what is stored, and
+///    follows from when it is opened or sealed in this process.
+/// 10. Every call MAY be dropped at any moment, and called again. A `seal` that began permits no more frames, whether or
+///     not it was waited for.
 #[async_trait]
 pub trait LogStore: std::fmt::Debug + Send + Sync + 'static {
     /// Opens an attempt's log for appending, or finds it open. Returns the durable offset, where the source goes on.
     /// `fresh` promises that no process can have opened it before, so that the object store need not be asked.
+    /// A sealed log answers its end, and stays sealed.
     async fn open(&self, tenant: &TenantId, attempt: AttemptId, fresh: bool) -> Result<u64, LogError>;
     /// Appends. Returns the durable offset.
     async fn append(&self, attempt: AttemptId, frames: FrameBatch) -> Result<u64, LogError>;
