@@ -1,5 +1,6 @@
 //! In-memory fakes of the traits, for tests. Each passes the conformance suite of its trait.
 
+pub mod artifact;
 pub mod backend;
 pub mod log;
 pub mod store;
