@@ -1,1 +1,4 @@
-//! runner-tests
+//! Conformance suites as libraries, and what the end-to-end, crash and load tests have in common.
+
+pub mod backend;
+pub mod store;

@@ -143,6 +143,7 @@ impl Backend for FakeBackend {
             state.started = Some(time);
             state.processes = 1;
             state.size = attempt.spec.terminal.unwrap_or_default();
+            state.stdin_ended = !attempt.spec.stdin && attempt.spec.terminal.is_none();
         });
         self.substrate.count_start(&reference);
         let execution = Arc::clone(&workload).execute(attempt.clone(), Arc::clone(&self.clock));

@@ -8,7 +8,7 @@
 //! | `flood STREAM BYTES FORM` | writes BYTES bytes of [`Flood`], FORM is `text` or `binary` |
 //! | `exit CODE`, `signal NUMBER` | ends; after the last statement the code is 0 |
 //! | `sleep MILLIS`, `sleep-until-stopped` | waits |
-//! | `on-term ignore`, `on-term exit CODE` | what SIGTERM does from now on; otherwise it ends the program |
+//! | `on-term ignore`, `on-term exit CODE LAST-WORDS` | what SIGTERM does from now on; otherwise it ends the program |
 //! | `daemonize` | leaves a process behind that no SIGTERM reaches |
 //! | `write PATH TEXT`, `write-zeros PATH BYTES`, `mkdir PATH` | writes below an output or `/tmp`; elsewhere it exits 1 |
 //! | `try-write PATH` | prints `written` or `refused` |
@@ -50,12 +50,15 @@ pub(super) enum Statement {
 }
 
 /// What SIGTERM does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) enum OnTerm {
     #[default]
     Die,
     Ignore,
-    Exit(i32),
+    Exit {
+        code: i32,
+        words: String,
+    },
 }
 
 /// Reads the program of a spec. `Err` is the exit code of a program that cannot be executed.
@@ -85,7 +88,9 @@ fn statement(words: &[&str]) -> Result<Statement, i32> {
         ["sleep", millis] => Statement::Sleep(number(millis)?),
         ["sleep-until-stopped"] => Statement::SleepUntilStopped,
         ["on-term", "ignore"] => Statement::OnTerm(OnTerm::Ignore),
-        ["on-term", "exit", code] => Statement::OnTerm(OnTerm::Exit(number(code)?)),
+        ["on-term", "exit", code, words] => {
+            Statement::OnTerm(OnTerm::Exit { code: number(code)?, words: words.to_owned() })
+        }
         ["daemonize"] => Statement::Daemonize,
         ["write", at, text] => Statement::Write { path: path(at), text: text.to_owned() },
         ["write-zeros", at, bytes] => Statement::WriteZeros { path: path(at), bytes: number(bytes)? },

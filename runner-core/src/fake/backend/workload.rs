@@ -213,10 +213,13 @@ impl Workload {
             _ = self.wait(|state| state.stop) => Cause::Cancelled,
             () = timeout => Cause::TimedOut,
         };
-        let on_term = self.state().on_term;
+        let on_term = self.state().on_term.clone();
         match on_term {
             OnTerm::Die => return (cause, ExitStatus::Signal(SIGTERM)),
-            OnTerm::Exit(code) => return (cause, ExitStatus::Code(code)),
+            OnTerm::Exit { code, words } => {
+                self.print(false, words, attempt, clock);
+                return (cause, ExitStatus::Code(code));
+            }
             OnTerm::Ignore => {}
         }
         let mut grace = match cause {
