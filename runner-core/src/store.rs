@@ -264,7 +264,8 @@ impl Transition {
         {
             return Some("only the current attempt can end");
         }
-        let twice = |(i, timer): (usize, &Timer)| self.timers[..i].iter().any(|other| other.kind == timer.kind);
+        let twice =
+            |(i, timer): (usize, &Timer)| self.timers[..i].iter().any(|other| other.kind == timer.kind);
         if self.timers.iter().enumerate().any(twice) {
             return Some("two timers of one kind");
         }
@@ -368,7 +369,7 @@ pub struct RunPage {
 pub struct LiveRuns {
     /// Oldest first.
     pub runs: Vec<RunRecord>,
-    /// The timers of these.
+    /// The timers of these, in no order.
     pub timers: Vec<(RunId, Timer)>,
     /// Rows that did not decode.
     pub quarantined: Vec<Inconsistency>,
