@@ -9,6 +9,19 @@ pub mod client;
 pub mod protocol;
 
 mod cgroup;
+mod child;
 mod control;
 mod reader;
+mod probe;
 mod record;
+mod root;
+mod shim;
+mod spool;
+mod sys;
+mod tree;
+mod watch;
+
+pub use self::{
+    probe::probe,
+    shim::{ShimExit, run},
+};

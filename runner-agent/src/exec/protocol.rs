@@ -7,7 +7,7 @@
 //! | `exec.json` | backend | [`ExecSpec`]; complete before the shim starts |
 //! | `shim.json` | shim, first thing | [`ShimRecord`]: who the shim is. Written once: a second shim finds it and ends |
 //! | `init.json` | shim | [`ShimRecord`] of the first process of the workload, before that does anything. Its death is, in a pid namespace, the death of all |
-//! | `started.json` | shim | [`StartedRecord`]: the program runs |
+//! | `started.json` | shim | [`StartedRecord`]: the program runs. Also where it could not be executed, which reads as a program that ended with 126 or 127; not where the set-up failed or a stop came before |
 //! | `log/OFFSET.seg` | shim | the spool: frames of `runner_core::log::codec`, a file per stretch, named after the offset of its first frame in 20 digits; the last one grows |
 //! | `ctl` | shim | the control socket |
 //! | `exit.json` | shim, last thing | [`ExitRecord`]; before it the spool is complete, every process of the workload is dead, and the control group is removed |
@@ -228,7 +228,8 @@ pub enum ControlReply {
     Refused(String),
 }
 
-/// What confinement this machine allows, as found out by trying (`runner-agent probe`, JSON on standard output).
+/// What confinement this machine allows, as found out by trying (`runner-agent probe [DIR]`, JSON on standard output; `DIR`, by
+/// default the temporary directory, is where overlays are tried).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct ProbeReport {
     /// The namespaces that can be had, `user` included where it is needed for the others.

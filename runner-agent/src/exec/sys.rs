@@ -4,7 +4,7 @@
 use std::{
     ffi::{CStr, CString},
     io,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
     ptr,
     time::Duration,
 };
@@ -108,6 +108,13 @@ pub(crate) fn reset_signals() {
     set_mask(libc::SIG_SETMASK, &[]);
 }
 
+/// Ignores a signal. A child inherits it, until [`reset_signals`].
+#[allow(unsafe_code, reason = "no safe library sets it")]
+pub(crate) fn ignore_signal(signal: Signal) {
+    // SAFETY: SIG_IGN is always a valid action.
+    unsafe { libc::signal(signal.as_raw(), libc::SIG_IGN) };
+}
+
 /// Lets the signals be delivered no more but by [`signal_fd`]. A child inherits it, until [`reset_signals`].
 pub(crate) fn block_signals(signals: &[Signal]) {
     set_mask(libc::SIG_BLOCK, signals);
@@ -143,11 +150,25 @@ pub(crate) fn signal_fd(signals: &[Signal]) -> io::Result<OwnedFd> {
     if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) }
 }
 
-/// Closes every descriptor from `first` on.
+/// Closes every descriptor but these. Objects of this process that own others must not be used any more; it is called at
+/// the start of the shim, where there are none, and in its children, which end by [`exit_now`] or `execve`.
+pub(crate) fn close_all_but<const N: usize>(keep: [RawFd; N]) -> io::Result<()> {
+    let mut keep = keep.map(RawFd::cast_unsigned);
+    keep.sort_unstable();
+    let mut first = 0;
+    for fd in keep {
+        if fd > first {
+            close_range(first, fd - 1)?;
+        }
+        first = fd + 1;
+    }
+    close_range(first, u32::MAX)
+}
+
 #[allow(unsafe_code, reason = "rustix has no close_range")]
-pub(crate) fn close_from(first: u32) -> io::Result<()> {
-    // SAFETY: called where no object of this process owns such a descriptor: at the start of the shim.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+fn close_range(first: u32, last: u32) -> io::Result<()> {
+    // SAFETY: see `close_all_but`: no object that is used later owns these descriptors.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -168,7 +189,7 @@ pub(crate) fn wait4(pid: Option<Pid>, wait: bool) -> Result<Option<Waited>, Errn
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     let flags = if wait { 0 } else { libc::WNOHANG };
     // SAFETY: both places are valid for writing for the time of the call.
-    let got = unsafe { libc::wait4(Pid::as_raw(pid).max(1) * i32::from(pid.is_some()) - i32::from(pid.is_none()), &raw mut status, flags, &raw mut usage) };
+    let got = unsafe { libc::wait4(pid.map_or(-1, Pid::as_raw_pid), &raw mut status, flags, &raw mut usage) };
     match got {
         0 => Ok(None),
         pid if pid > 0 => Ok(Some(Waited {

@@ -1,0 +1,563 @@
+//! The loop that watches over the workload: moves its log, serves the control socket, keeps its deadlines, sees its end.
+
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use runner_core::{
+    clock::{Clock as _, SystemClock, Timestamp},
+    log::LogStream,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+    process::{Pid, Signal},
+    termios::{SpecialCodeIndex, Winsize},
+};
+
+use super::{
+    child::{self, Message},
+    control::{ConnectionId, Control, PendingInput},
+    protocol::{ControlReply, ControlRequest, ExecSpec, ExitReason, StartedRecord, name},
+    record,
+    spool::Spool,
+    sys::{self, Waited},
+};
+
+/// Largest payload of a frame, and what is read at once.
+const READ_BYTES: usize = 64 * 1024;
+/// A set-up that takes longer has failed: a file system that does not answer, for example.
+const SET_UP: Duration = Duration::from_secs(60);
+/// From SIGKILL to the program until the first process is killed too.
+const INSIST: Duration = Duration::from_secs(1);
+/// How long the other side of a terminal that nobody has open is left alone.
+const TERMINAL_PAUSE: Duration = Duration::from_millis(20);
+
+/// One of the workload's outputs.
+#[derive(Debug)]
+pub(crate) struct Output {
+    pub(crate) fd: OwnedFd,
+    pub(crate) stream: LogStream,
+    /// Not before this time.
+    paused: Option<Duration>,
+    open: bool,
+}
+
+impl Output {
+    pub(crate) fn new(fd: OwnedFd, stream: LogStream) -> Self {
+        Self { fd, stream, paused: None, open: true }
+    }
+}
+
+/// Where standard input comes in.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// The specification wants none.
+    None,
+    /// It was closed.
+    Closed,
+    Pipe(OwnedFd),
+    Terminal(OwnedFd),
+}
+
+#[derive(Debug)]
+struct Program {
+    pid: Pid,
+    handle: OwnedFd,
+}
+
+/// How the program ended, as its parent saw it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ended {
+    pub(crate) status: i32,
+    pub(crate) cpu: Duration,
+    pub(crate) max_memory_bytes: u64,
+    pub(crate) at: Duration,
+    pub(crate) time: Timestamp,
+}
+
+/// The shim has decided to end the program. Decided once, and only while it had not ended by itself.
+#[derive(Debug, Clone, Copy)]
+struct Ending {
+    reason: ExitReason,
+    kill_at: Duration,
+    killed_at: Option<Duration>,
+    insisted: bool,
+}
+
+/// What is known of the workload, for the exit record.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    /// When the program was started.
+    pub(crate) started: Option<Duration>,
+    /// Why it could not be executed.
+    pub(crate) not_executed: Option<Errno>,
+    /// Why it could not be set up.
+    pub(crate) fault: Option<String>,
+    pub(crate) ended: Option<Ended>,
+    /// The end of the first process.
+    pub(crate) first: Option<Waited>,
+    /// The shim's own decision.
+    pub(crate) decided: Option<ExitReason>,
+    pub(crate) killed: bool,
+    pub(crate) evidence: Vec<(String, String)>,
+}
+
+/// Watches one workload.
+#[derive(Debug)]
+pub(crate) struct Watch<'a> {
+    pub(crate) clock: &'a SystemClock,
+    pub(crate) spec: &'a ExecSpec,
+    pub(crate) dir: &'a Path,
+    pub(crate) spool: Spool,
+    pub(crate) control: Control,
+    pub(crate) signals: OwnedFd,
+    pub(crate) channel: OwnedFd,
+    pub(crate) first: Pid,
+    pub(crate) first_handle: OwnedFd,
+    pub(crate) outputs: Vec<Output>,
+    pub(crate) input: Input,
+    pub(crate) seen: Seen,
+    begun: Duration,
+    channel_open: bool,
+    pending: Option<PendingInput>,
+    terminal: Option<OwnedFd>,
+    program: Option<Program>,
+    ending: Option<Ending>,
+    buffer: Vec<u8>,
+}
+
+/// The parts of a [`Watch`].
+#[derive(Debug)]
+pub(crate) struct Parts<'a> {
+    pub(crate) clock: &'a SystemClock,
+    pub(crate) spec: &'a ExecSpec,
+    pub(crate) dir: &'a Path,
+    pub(crate) spool: Spool,
+    pub(crate) control: Control,
+    pub(crate) signals: OwnedFd,
+    pub(crate) channel: OwnedFd,
+    pub(crate) first: Pid,
+    pub(crate) first_handle: OwnedFd,
+    pub(crate) outputs: Vec<Output>,
+    pub(crate) input: Input,
+}
+
+impl<'a> Watch<'a> {
+    pub(crate) fn new(parts: Parts<'a>) -> Self {
+        let Parts { clock, spec, dir, spool, control, signals, channel, first, first_handle, outputs, input } = parts;
+        Self {
+            clock,
+            spec,
+            dir,
+            spool,
+            control,
+            signals,
+            channel,
+            first,
+            first_handle,
+            outputs,
+            input,
+            seen: Seen::default(),
+            begun: clock.monotonic(),
+            channel_open: true,
+            pending: None,
+            terminal: None,
+            program: None,
+            ending: None,
+            buffer: vec![0; READ_BYTES],
+        }
+    }
+
+    /// Watches until the first process is gone.
+    pub(crate) fn until_the_first_is_gone(&mut self) {
+        while self.seen.first.is_none() {
+            self.keep_deadlines();
+            let ready = self.wait();
+            self.take_messages();
+            self.take_outputs(&ready);
+            self.serve_control();
+            self.take_signals();
+            self.spool.tick(self.clock);
+            self.reap();
+        }
+        // What it sent before its end.
+        self.take_messages();
+        self.seen.decided = self.ending.map(|ending| ending.reason);
+        self.seen.killed = self.ending.is_some_and(|ending| ending.killed_at.is_some());
+    }
+
+    /// Waits for anything to happen, or the next deadline. Returns which outputs are ready.
+    fn wait(&mut self) -> Vec<bool> {
+        let now = self.clock.monotonic();
+        let timeout = self.next_deadline(now).map(|at| {
+            let left = at.saturating_sub(now);
+            Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() }
+        });
+        let listening =
+            |output: &Output| output.open && output.paused.is_none_or(|until| until <= now);
+        let mut fds: Vec<PollFd<'_>> = self
+            .outputs
+            .iter()
+            .filter(|output| listening(output))
+            .map(|output| PollFd::new(&output.fd, PollFlags::IN))
+            .collect();
+        fds.push(PollFd::new(&self.signals, PollFlags::IN));
+        fds.push(PollFd::from_borrowed_fd(self.control.listener(), PollFlags::IN));
+        if self.channel_open {
+            fds.push(PollFd::new(&self.channel, PollFlags::IN));
+        }
+        if self.pending.is_some()
+            && let Input::Pipe(fd) | Input::Terminal(fd) = &self.input
+        {
+            fds.push(PollFd::new(fd, PollFlags::OUT));
+        }
+        for interest in self.control.interests() {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, interest.read);
+            flags.set(PollFlags::OUT, interest.write);
+            fds.push(PollFd::from_borrowed_fd(interest.socket, flags));
+        }
+        // An interrupted poll has seen nothing; the loop comes again.
+        let _ = rustix::event::poll(&mut fds, timeout.as_ref());
+        let mut fds = fds.iter();
+        self.outputs
+            .iter()
+            .map(|output| {
+                listening(output)
+                    && fds.next().is_some_and(|fd| !fd.revents().is_empty())
+            })
+            .collect()
+    }
+
+    fn next_deadline(&self, now: Duration) -> Option<Duration> {
+        let ending = match self.ending {
+            _ if self.seen.ended.is_some() => None,
+            None => Some(match self.seen.started {
+                Some(started) => started.saturating_add(self.spec.timeout),
+                None => self.begun + SET_UP,
+            }),
+            Some(Ending { killed_at: None, kill_at, .. }) => Some(kill_at),
+            Some(Ending { killed_at: Some(at), insisted: false, .. }) => Some(at + INSIST),
+            Some(Ending { insisted: true, .. }) => None,
+        };
+        let paused = self.outputs.iter().filter(|output| output.open).filter_map(|output| output.paused);
+        let paused = paused.filter(|&until| until > now).min();
+        [ending, self.spool.next_tick(), paused].into_iter().flatten().min()
+    }
+
+    fn keep_deadlines(&mut self) {
+        if self.seen.ended.is_some() {
+            return;
+        }
+        let now = self.clock.monotonic();
+        match self.ending {
+            None => match self.seen.started {
+                Some(started) if now >= started.saturating_add(self.spec.timeout) => {
+                    self.begin_ending(ExitReason::TimedOut, self.spec.stop_grace);
+                }
+                None if now >= self.begun + SET_UP && self.seen.fault.is_none() => {
+                    self.seen.fault = Some(format!("the set-up took longer than {SET_UP:?}"));
+                    self.kill_first();
+                }
+                _ => {}
+            },
+            Some(ending) => {
+                self.take_messages();
+                if self.seen.ended.is_some() {
+                    return;
+                }
+                if ending.killed_at.is_none() && now >= ending.kill_at {
+                    if let Some(program) = &self.program {
+                        // Where the group is gone its leader is too, and its parent is about to say so.
+                        let _ = sys::signal_group(program.handle.as_fd(), program.pid, Signal::KILL);
+                    }
+                    self.ending = Some(Ending { killed_at: Some(now), ..ending });
+                } else if !ending.insisted && ending.killed_at.is_some_and(|at| now >= at + INSIST) {
+                    self.kill_first();
+                    self.ending = Some(Ending { insisted: true, ..ending });
+                }
+            }
+        }
+    }
+
+    fn kill_first(&self) {
+        // ESRCH: it is gone already.
+        let _ = rustix::process::pidfd_send_signal(&self.first_handle, Signal::KILL);
+    }
+
+    /// Asks the program to end, unless it has by itself.
+    fn begin_ending(&mut self, reason: ExitReason, grace: Duration) {
+        self.take_messages();
+        if self.seen.ended.is_some() || self.seen.fault.is_some() {
+            return;
+        }
+        let now = self.clock.monotonic();
+        let ending = Ending { reason, kill_at: now.saturating_add(grace), killed_at: None, insisted: false };
+        match &self.program {
+            None => {
+                self.kill_first();
+                self.ending = Some(Ending { killed_at: Some(now), insisted: true, ..ending });
+            }
+            // Readable: it has ended, and its own end counts. Its parent is about to say so.
+            Some(program) if is_readable(&program.handle) => {}
+            Some(program) => {
+                if sys::signal_group(program.handle.as_fd(), program.pid, Signal::TERM).is_ok() {
+                    self.ending = Some(ending);
+                }
+            }
+        }
+    }
+
+    fn stop(&mut self, grace: Duration) {
+        match &mut self.ending {
+            None => self.begin_ending(ExitReason::Stopped, grace),
+            Some(ending) => ending.kill_at = ending.kill_at.min(self.clock.monotonic().saturating_add(grace)),
+        }
+    }
+
+    /// Takes what the workload's processes tell.
+    fn take_messages(&mut self) {
+        while self.channel_open {
+            match child::receive(&self.channel) {
+                Ok(Some(message)) => self.take_message(message),
+                Ok(None) => self.channel_open = false,
+                Err(Errno::AGAIN) => return,
+                Err(error) => {
+                    self.note("shim", format!("the channel failed: {error}"));
+                    self.channel_open = false;
+                }
+            }
+        }
+    }
+
+    fn take_message(&mut self, message: Message) {
+        match message {
+            Message::Terminal(fd) => {
+                let copies = (rustix::io::ioctl_fionbio(&fd, true), fd.try_clone(), fd.try_clone());
+                match copies {
+                    (Ok(()), Ok(for_output), Ok(for_size)) => {
+                        self.outputs.push(Output::new(for_output, LogStream::Terminal));
+                        self.terminal = Some(for_size);
+                        if self.spec.stdin {
+                            self.input = Input::Terminal(fd);
+                        }
+                    }
+                    _ => self.seen.fault = Some("the terminal cannot be used".to_owned()),
+                }
+            }
+            Message::Born(pid) => match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
+                Ok(handle) => self.program = Some(Program { pid, handle }),
+                // Without a handle it could not be stopped for sure, so it is not let go on. It may have ended too.
+                Err(error) => {
+                    self.note("shim", format!("no handle on the program: {error}"));
+                    self.kill_first();
+                }
+            },
+            Message::Failed(fault) => self.seen.fault = Some(fault),
+            Message::NotExecuted(error) => {
+                self.seen.not_executed = Some(error);
+                let program = self.spec.argv.first().map_or("", String::as_str);
+                let text = match error {
+                    Errno::NOENT => format!("{program}: not found"),
+                    error => format!("{program}: {error}"),
+                };
+                let (stream, end) = match self.spec.terminal {
+                    Some(_) => (LogStream::Terminal, "\r\n"),
+                    None => (LogStream::Stderr, "\n"),
+                };
+                self.spool.append(self.clock, stream, format!("runner: {text}{end}").as_bytes());
+                self.note("shim", format!("cannot execute {text}"));
+            }
+            Message::Executed => {
+                if self.seen.fault.is_some() {
+                    return;
+                }
+                self.seen.started = Some(self.clock.monotonic());
+                let pid = self.program.as_ref().map_or(0, |program| program.pid.as_raw_pid());
+                let record = StartedRecord { time: self.clock.now(), pid };
+                if let Err(error) = record::write(self.dir, name::STARTED, &record) {
+                    self.note("shim", error.to_string());
+                }
+            }
+            Message::Ended { status, cpu, max_memory_bytes } => {
+                let (at, time) = (self.clock.monotonic(), self.clock.now());
+                self.seen.ended = Some(Ended { status, cpu, max_memory_bytes, at, time });
+            }
+        }
+    }
+
+    /// Reads each ready output once.
+    fn take_outputs(&mut self, ready: &[bool]) {
+        for (output, _) in self.outputs.iter_mut().zip(ready).filter(|(_, ready)| **ready) {
+            output.paused = None;
+            match read(output, &mut self.buffer) {
+                Ok(Some(bytes)) => self.spool.append(self.clock, output.stream, bytes),
+                // A terminal that nobody has open now may be opened again.
+                Ok(None) if output.stream == LogStream::Terminal => {
+                    output.paused = Some(self.clock.monotonic() + TERMINAL_PAUSE);
+                }
+                Ok(None) => output.open = false,
+                Err(()) => {}
+            }
+        }
+    }
+
+    /// Reads what is left in the outputs after the death of all who could write, for at most `deadline`: another process
+    /// may have been given an end of a pipe. Returns whether every end was seen.
+    pub(crate) fn drain(&mut self, deadline: Duration) -> bool {
+        let end = self.clock.monotonic() + deadline;
+        for output in &mut self.outputs {
+            output.paused = None;
+        }
+        while self.outputs.iter().any(|output| output.open) {
+            let now = self.clock.monotonic();
+            if now >= end {
+                return false;
+            }
+            let left = Timespec { tv_sec: 0, tv_nsec: 100_000_000.min((end - now).subsec_nanos().max(1)).into() };
+            let mut fds: Vec<_> = self
+                .outputs
+                .iter()
+                .filter(|output| output.open)
+                .map(|output| PollFd::new(&output.fd, PollFlags::IN))
+                .collect();
+            let _ = rustix::event::poll(&mut fds, Some(&left));
+            for output in self.outputs.iter_mut().filter(|output| output.open) {
+                match read(output, &mut self.buffer) {
+                    Ok(Some(bytes)) => self.spool.append(self.clock, output.stream, bytes),
+                    Ok(None) => output.open = false,
+                    Err(()) => {}
+                }
+            }
+        }
+        true
+    }
+
+    fn serve_control(&mut self) {
+        self.control.accept();
+        self.control.exchange();
+        self.continue_input();
+        while let Some((from, request)) = self.control.next_request(self.pending.is_some()) {
+            if let Some(reply) = self.serve(from, request) {
+                self.control.reply(from, &reply);
+            }
+            self.continue_input();
+            // The next request of the same connection may have come with it.
+            self.control.exchange();
+        }
+    }
+
+    /// Serves a request. `None`: the reply comes later.
+    fn serve(&mut self, from: ConnectionId, request: ControlRequest) -> Option<ControlReply> {
+        let refused = |why: &str| Some(ControlReply::Refused(why.to_owned()));
+        match request {
+            ControlRequest::Stop { grace_ms } => {
+                self.stop(Duration::from_millis(grace_ms));
+                Some(ControlReply::Ok)
+            }
+            ControlRequest::Resize(size) => {
+                let Some(terminal) = &self.terminal else { return refused("there is no terminal") };
+                let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+                match rustix::termios::tcsetwinsize(terminal, size) {
+                    Ok(()) => Some(ControlReply::Ok),
+                    Err(error) => refused(&error.to_string()),
+                }
+            }
+            ControlRequest::Stdin(bytes) => match self.input {
+                Input::Pipe(_) | Input::Terminal(_) => {
+                    self.pending = Some(PendingInput { from, bytes, then_close: false });
+                    None
+                }
+                Input::None if self.spec.stdin => refused("the program does not run yet"),
+                Input::None => refused("the run has no standard input"),
+                Input::Closed => refused("standard input is closed"),
+            },
+            ControlRequest::Eof => match &self.input {
+                Input::Pipe(_) => {
+                    self.pending = Some(PendingInput { from, bytes: Default::default(), then_close: true });
+                    None
+                }
+                Input::Terminal(terminal) => match rustix::termios::tcgetattr(terminal) {
+                    // As if it were typed: what it means is up to the terminal's mode.
+                    Ok(mode) => {
+                        let key = [mode.special_codes[SpecialCodeIndex::VEOF]];
+                        let bytes = bytes::Bytes::copy_from_slice(&key);
+                        self.pending = Some(PendingInput { from, bytes, then_close: false });
+                        None
+                    }
+                    Err(error) => refused(&error.to_string()),
+                },
+                Input::None if self.spec.stdin => refused("the program does not run yet"),
+                Input::None => refused("the run has no standard input"),
+                Input::Closed => Some(ControlReply::Ok),
+            },
+        }
+    }
+
+    fn continue_input(&mut self) {
+        let Some(pending) = &mut self.pending else { return };
+        let result = match &self.input {
+            Input::Pipe(fd) | Input::Terminal(fd) => pending.write(fd),
+            Input::None | Input::Closed => Some(Err(Errno::PIPE)),
+        };
+        let Some(result) = result else { return };
+        let (from, close) = (pending.from, pending.then_close || result.is_err());
+        self.pending = None;
+        if close {
+            self.input = Input::Closed;
+        }
+        let reply = match result {
+            Ok(()) => ControlReply::Ok,
+            Err(_) => ControlReply::Refused("the program has closed its standard input".to_owned()),
+        };
+        self.control.reply(from, &reply);
+    }
+
+    fn take_signals(&mut self) {
+        // struct signalfd_siginfo; the first four bytes are the signal's number.
+        let mut info = [0_u8; 128];
+        while let Ok(128) = rustix::io::read(&self.signals, &mut info) {
+            let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+            if number.cast_signed() == Signal::TERM.as_raw() {
+                self.stop(self.spec.stop_grace);
+            }
+        }
+    }
+
+    /// Waits for children that have ended. Besides the first process there are orphans, where there is no pid namespace.
+    /// Returns whether there are children left.
+    pub(crate) fn reap(&mut self) -> bool {
+        loop {
+            match sys::wait4(None, false) {
+                Ok(Some(ended)) if ended.pid == self.first.as_raw_pid() => self.seen.first = Some(ended),
+                Ok(Some(_)) | Err(Errno::INTR) => {}
+                Ok(None) => return true,
+                // ECHILD. It cannot fail otherwise.
+                Err(_) => return false,
+            }
+        }
+    }
+
+    pub(crate) fn note(&mut self, source: &str, detail: String) {
+        self.seen.evidence.push((source.to_owned(), detail));
+    }
+}
+
+/// Reads an output. `Ok(None)`: nobody has the other end open. `Err`: nothing now.
+fn read<'a>(output: &Output, buffer: &'a mut [u8]) -> Result<Option<&'a [u8]>, ()> {
+    match rustix::io::read(&output.fd, &mut *buffer) {
+        Ok(0) => Ok(None),
+        Ok(count) => Ok(Some(&buffer[..count])),
+        Err(Errno::AGAIN | Errno::INTR) => Err(()),
+        // EIO is how a terminal says it.
+        Err(_) => Ok(None),
+    }
+}
+
+fn is_readable(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+}
