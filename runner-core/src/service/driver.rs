@@ -290,7 +290,17 @@ impl Driver {
             ended: EndedAttempt {
                 cause: outcome.cause,
                 status: None,
-                retryable: error.retryable,
+                retryable: match error.kind {
+                    // The backend said that this attempt cannot go on; another one may.
+                    BackendErrorKind::Unschedulable
+                    | BackendErrorKind::NotFound
+                    | BackendErrorKind::NotAttachable
+                    | BackendErrorKind::Substrate => true,
+                    BackendErrorKind::Image | BackendErrorKind::Input | BackendErrorKind::Output => {
+                        error.retryable
+                    }
+                    BackendErrorKind::Unsupported => false,
+                },
                 message: outcome.message,
                 evidence: outcome.evidence,
                 usage: Usage::default(),

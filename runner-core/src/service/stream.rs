@@ -125,7 +125,8 @@ pub(super) fn open(
         frames: VecDeque::new(),
         log: None,
         log_dry: false,
-        done: false,
+        // A watcher that has seen the terminal event has seen everything.
+        done: record.position.state.is_terminal() && from.event == record.last_event,
         core,
     };
     watcher.join(live);
