@@ -1,0 +1,75 @@
+//! Who calls. The one place that authentication will replace.
+//!
+//! Callers are not authenticated yet: everyone who reaches the port is the tenant `default`. That is why the service
+//! refuses to listen beyond loopback; see [`loopback_only`].
+
+use std::net::SocketAddr;
+
+use runner_core::{id::TenantId, service::Caller};
+
+/// The tenant of every caller, as long as callers are not told apart.
+const TENANT: &str = "default";
+
+/// Tells callers apart.
+#[derive(Debug, Clone)]
+pub struct Authenticator {
+    caller: Caller,
+}
+
+impl Authenticator {
+    /// Takes everybody for the one tenant that there is.
+    #[allow(clippy::expect_used, reason = "a constant that a test checks")]
+    pub fn unauthenticated() -> Self {
+        let tenant: TenantId = TENANT.parse().expect("the default tenant's name is valid");
+        Self { caller: Caller { tenant, subject: "anonymous".to_owned() } }
+    }
+
+    /// The caller of a request.
+    pub fn caller(&self) -> &Caller {
+        &self.caller
+    }
+}
+
+/// The service would be open to whoever reaches the address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "refusing to listen on {address} ({key}): callers are not authenticated, so whoever reaches that address could run \
+     programs here. Listen on a loopback address such as 127.0.0.1:{} and reach it through a tunnel",
+    address.port()
+)]
+pub struct BeyondLoopback {
+    /// The configuration's key.
+    pub key: &'static str,
+    /// The address.
+    pub address: SocketAddr,
+}
+
+/// Refuses an address that others can reach.
+///
+/// # Errors
+/// Where the address is not loopback.
+pub fn loopback_only(key: &'static str, address: SocketAddr) -> Result<(), BeyondLoopback> {
+    // `::ffff:127.0.0.1` is loopback, too.
+    if address.ip().to_canonical().is_loopback() { Ok(()) } else { Err(BeyondLoopback { key, address }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_addresses_pass() {
+        for good in ["127.0.0.1:7600", "127.9.9.9:1", "[::1]:7600", "[::ffff:127.0.0.1]:7600"] {
+            loopback_only("listen", good.parse().unwrap()).unwrap();
+        }
+        for bad in ["0.0.0.0:7600", "[::]:7600", "192.0.2.1:7600", "[::ffff:192.0.2.1]:1"] {
+            let error = loopback_only("listen", bad.parse().unwrap()).unwrap_err();
+            assert!(error.to_string().contains(bad), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_default_tenant_is_valid() {
+        assert_eq!(Authenticator::unauthenticated().caller().tenant.as_str(), TENANT);
+    }
+}

@@ -1,0 +1,2 @@
+//! The workload runner service.
+fn main() {}

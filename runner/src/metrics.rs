@@ -1,0 +1,282 @@
+//! What the service counts and measures, as `/metrics` shows it. Every name is here, with what it means.
+
+use std::{
+    sync::atomic::{AtomicI64, AtomicU64},
+    time::Duration,
+};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+use runner_core::{id::BackendName, outcome::Cause, service::Meter, state::RunState};
+
+/// (name without its suffix, what it means). The library adds `_total` to counters and the unit to the rest.
+#[allow(missing_docs, reason = "each says what it means")]
+pub mod name {
+    pub const RUNS_ACCEPTED: (&str, &str) = ("runner_runs_accepted", "Runs that were accepted, by backend");
+    pub const RUNS_REFUSED: (&str, &str) = ("runner_runs_refused", "Runs that were refused, by reason");
+    pub const RUNS_ENDED: (&str, &str) = ("runner_runs_ended", "Runs that reached a terminal state");
+    pub const RUN_DURATION: (&str, &str) = ("runner_run_duration", "From acceptance to the terminal state");
+    pub const PHASE_DURATION: (&str, &str) = ("runner_phase_duration", "Time that an attempt spent in a state");
+    pub const ATTEMPTS_RETRIED: (&str, &str) = ("runner_attempts_retried", "Attempts that are tried again");
+    pub const LOG_BYTES: (&str, &str) = ("runner_log", "Log bytes that were taken over from workloads");
+    pub const WATCHERS: (&str, &str) = ("runner_watchers", "Open streams");
+    pub const LIVE_RUNS: (&str, &str) = ("runner_live_runs", "Runs that are not in a terminal state");
+    pub const ORPHANS: (&str, &str) =
+        ("runner_orphans_removed", "Workloads that no live run claimed and that were removed");
+    pub const QUARANTINED: (&str, &str) = ("runner_quarantined_rows", "Stored rows that do not decode");
+    pub const CONNECTIONS: (&str, &str) = ("runner_connections", "Open connections, by listener");
+    pub const BLOB_REQUESTS: (&str, &str) = ("runner_blob_requests", "Requests of the blob endpoint");
+    pub const BLOB_BYTES: (&str, &str) = ("runner_blob", "Bytes that went through the blob endpoint");
+    pub const BUILD_INFO: (&str, &str) = ("runner_build", "Which version this is; always 1");
+}
+
+/// From a millisecond, which a no-op takes, to a day.
+const SECONDS: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0, 3600.0, 14_400.0, 86_400.0];
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByBackend {
+    backend: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByReason {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByEnd {
+    backend: String,
+    state: &'static str,
+    cause: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPhase {
+    backend: String,
+    state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCause {
+    backend: String,
+    cause: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByListener {
+    listener: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByRequest {
+    method: &'static str,
+    status: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByDirection {
+    direction: &'static str,
+}
+
+type CountBy<L> = Family<L, Counter<u64, AtomicU64>>;
+type HistogramBy<L> = Family<L, Histogram, fn() -> Histogram>;
+
+fn seconds() -> Histogram {
+    Histogram::new(SECONDS)
+}
+
+/// All metrics of the process. Label values come from configuration and from fixed sets, never from a caller.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    accepted: CountBy<ByBackend>,
+    refused: CountBy<ByReason>,
+    ended: CountBy<ByEnd>,
+    run_duration: HistogramBy<ByBackend>,
+    phase_duration: HistogramBy<ByPhase>,
+    retried: CountBy<ByCause>,
+    log_bytes: Counter<u64, AtomicU64>,
+    watchers: Gauge<i64, AtomicI64>,
+    live_runs: Gauge<i64, AtomicI64>,
+    orphans: CountBy<ByBackend>,
+    quarantined: Gauge<i64, AtomicI64>,
+    connections: Family<ByListener, Gauge<i64, AtomicI64>>,
+    blob_requests: CountBy<ByRequest>,
+    blob_bytes: CountBy<ByDirection>,
+}
+
+impl Metrics {
+    /// All at zero.
+    pub fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::default(),
+            accepted: Family::default(),
+            refused: Family::default(),
+            ended: Family::default(),
+            run_duration: Family::new_with_constructor(seconds),
+            phase_duration: Family::new_with_constructor(seconds),
+            retried: Family::default(),
+            log_bytes: Counter::default(),
+            watchers: Gauge::default(),
+            live_runs: Gauge::default(),
+            orphans: Family::default(),
+            quarantined: Gauge::default(),
+            connections: Family::default(),
+            blob_requests: Family::default(),
+            blob_bytes: Family::default(),
+        };
+        let to = &mut metrics.registry;
+        to.register(name::RUNS_ACCEPTED.0, name::RUNS_ACCEPTED.1, metrics.accepted.clone());
+        to.register(name::RUNS_REFUSED.0, name::RUNS_REFUSED.1, metrics.refused.clone());
+        to.register(name::RUNS_ENDED.0, name::RUNS_ENDED.1, metrics.ended.clone());
+        to.register(name::ATTEMPTS_RETRIED.0, name::ATTEMPTS_RETRIED.1, metrics.retried.clone());
+        to.register(name::WATCHERS.0, name::WATCHERS.1, metrics.watchers.clone());
+        to.register(name::LIVE_RUNS.0, name::LIVE_RUNS.1, metrics.live_runs.clone());
+        to.register(name::ORPHANS.0, name::ORPHANS.1, metrics.orphans.clone());
+        to.register(name::QUARANTINED.0, name::QUARANTINED.1, metrics.quarantined.clone());
+        to.register(name::CONNECTIONS.0, name::CONNECTIONS.1, metrics.connections.clone());
+        to.register(name::BLOB_REQUESTS.0, name::BLOB_REQUESTS.1, metrics.blob_requests.clone());
+        let (name, help) = name::RUN_DURATION;
+        to.register_with_unit(name, help, Unit::Seconds, metrics.run_duration.clone());
+        let (name, help) = name::PHASE_DURATION;
+        to.register_with_unit(name, help, Unit::Seconds, metrics.phase_duration.clone());
+        let (name, help) = name::LOG_BYTES;
+        to.register_with_unit(name, help, Unit::Bytes, metrics.log_bytes.clone());
+        let (name, help) = name::BLOB_BYTES;
+        to.register_with_unit(name, help, Unit::Bytes, metrics.blob_bytes.clone());
+        let version = prometheus_client::metrics::info::Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+        to.register(name::BUILD_INFO.0, name::BUILD_INFO.1, version);
+        metrics
+    }
+
+    /// The text that a Prometheus server reads (OpenMetrics 1.0).
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail; the library's signature is a writer's.
+        if let Err(error) = text::encode(&mut text, &self.registry) {
+            tracing::error!(%error, "could not write the metrics");
+        }
+        text
+    }
+
+    /// A connection of a listener was opened (+1) or closed (-1).
+    pub fn connections(&self, listener: &'static str, change: i64) {
+        self.connections.get_or_create(&ByListener { listener }).inc_by(change);
+    }
+
+    /// The blob endpoint answered.
+    pub fn blob_request(&self, method: &'static str, status: u16) {
+        self.blob_requests.get_or_create(&ByRequest { method, status }).inc();
+    }
+
+    /// Bytes came (`in`) or went (`out`) through the blob endpoint.
+    pub fn blob_bytes(&self, direction: &'static str, bytes: u64) {
+        self.blob_bytes.get_or_create(&ByDirection { direction }).inc_by(bytes);
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn gauge(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+impl Meter for Metrics {
+    fn accepted(&self, backend: &BackendName) {
+        self.accepted.get_or_create(&ByBackend { backend: backend.to_string() }).inc();
+    }
+
+    fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&ByReason { reason }).inc();
+    }
+
+    fn phase(&self, backend: &BackendName, state: RunState, duration: Duration) {
+        let labels = ByPhase { backend: backend.to_string(), state: state.as_str() };
+        self.phase_duration.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+
+    fn ended(&self, backend: &BackendName, state: RunState, cause: Cause, duration: Duration) {
+        let labels = ByEnd { backend: backend.to_string(), state: state.as_str(), cause: cause.as_str() };
+        self.ended.get_or_create(&labels).inc();
+        let labels = ByBackend { backend: backend.to_string() };
+        self.run_duration.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+
+    fn retried(&self, backend: &BackendName, cause: Cause) {
+        self.retried.get_or_create(&ByCause { backend: backend.to_string(), cause: cause.as_str() }).inc();
+    }
+
+    fn log_bytes(&self, bytes: u64) {
+        self.log_bytes.inc_by(bytes);
+    }
+
+    fn watchers(&self, change: i64) {
+        self.watchers.inc_by(change);
+    }
+
+    fn live_runs(&self, count: usize) {
+        self.live_runs.set(gauge(count));
+    }
+
+    fn orphan_removed(&self, backend: &BackendName) {
+        self.orphans.get_or_create(&ByBackend { backend: backend.to_string() }).inc();
+    }
+
+    fn quarantined(&self, rows: usize) {
+        self.quarantined.set(gauge(rows));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_measured_is_shown() {
+        let metrics = Metrics::new();
+        let backend: BackendName = "local".parse().unwrap();
+        metrics.accepted(&backend);
+        metrics.refused("invalid");
+        metrics.phase(&backend, RunState::Running, Duration::from_millis(3));
+        metrics.ended(&backend, RunState::Succeeded, Cause::Exited, Duration::from_secs(2));
+        metrics.retried(&backend, Cause::Evicted);
+        metrics.log_bytes(17);
+        metrics.watchers(2);
+        metrics.watchers(-1);
+        metrics.live_runs(5);
+        metrics.orphan_removed(&backend);
+        metrics.quarantined(1);
+        metrics.connections("api", 1);
+        metrics.blob_request("GET", 200);
+        metrics.blob_bytes("out", 9);
+        let text = metrics.render();
+        for line in [
+            r#"runner_runs_accepted_total{backend="local"} 1"#,
+            r#"runner_runs_refused_total{reason="invalid"} 1"#,
+            r#"runner_runs_ended_total{backend="local",state="SUCCEEDED",cause="EXITED"} 1"#,
+            r#"runner_run_duration_seconds_count{backend="local"} 1"#,
+            r#"runner_phase_duration_seconds_bucket{le="0.005",backend="local",state="RUNNING"} 1"#,
+            r#"runner_attempts_retried_total{backend="local",cause="EVICTED"} 1"#,
+            "runner_log_bytes_total 17",
+            "runner_watchers 1",
+            "runner_live_runs 5",
+            r#"runner_orphans_removed_total{backend="local"} 1"#,
+            "runner_quarantined_rows 1",
+            r#"runner_connections{listener="api"} 1"#,
+            r#"runner_blob_requests_total{method="GET",status="200"} 1"#,
+            r#"runner_blob_bytes_total{direction="out"} 9"#,
+            "runner_build_info{version=",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}
