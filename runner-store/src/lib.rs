@@ -11,6 +11,8 @@ mod connection;
 mod error;
 mod lock;
 mod migrate;
+#[cfg(test)]
+mod plan_tests;
 mod read;
 mod row;
 mod store;

@@ -1,0 +1,144 @@
+//! Rule 8: the cost of a verb on one run does not grow with the number of finished runs. Checked on the plans, not on the
+//! clock: no statement of such a verb scans a table, and no listing sorts.
+
+use std::collections::BTreeMap;
+
+use rusqlite::{Connection, params};
+use runner_core::{
+    clock::Timestamp,
+    id::RunId,
+    state::RunState,
+    store::{PageCursor, RunFilter},
+};
+
+use crate::{migrate, read, write};
+
+fn database() -> Connection {
+    let mut conn = Connection::open_in_memory().unwrap();
+    migrate::migrate(&mut conn, std::path::Path::new("x"), migrate::MIGRATIONS).unwrap();
+    conn
+}
+
+fn plan(conn: &Connection, sql: &str) -> Vec<String> {
+    let mut statement = conn.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+    // The plan does not depend on the values; what is not bound is NULL.
+    let mut rows = statement.raw_query();
+    let mut plan = Vec::new();
+    while let Some(row) = rows.next().unwrap() {
+        plan.push(row.get::<_, String>(3).unwrap());
+    }
+    plan
+}
+
+/// 100,000 finished runs and ten live ones, with statistics, so that the planner knows how much there is.
+fn fill(conn: &Connection) {
+    conn.execute_batch(
+        "BEGIN;
+         WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100010)
+         INSERT INTO runs (rn, id, tenant, key, digest, state, attempt, backend, backend_reason, created, ended, outcome, last_event)
+         SELECT i, randomblob(16), 't' || (i % 3), 'k' || i, x'00', iif(i > 100000, 'RUNNING', 'SUCCEEDED'), 1, 'local', '',
+                i, iif(i > 100000, NULL, i), iif(i > 100000, NULL, '{}'), 2 FROM n;
+         INSERT INTO specs SELECT rn, '{}' FROM runs;
+         INSERT INTO labels SELECT 'team', 'x', created, id, rn FROM runs;
+         INSERT INTO events SELECT rn, 1, created, '{}' FROM runs;
+         INSERT INTO events SELECT rn, 2, created, '{}' FROM runs;
+         INSERT INTO attempts SELECT rn, 1, 'local', NULL, created, '{}' FROM runs;
+         INSERT INTO timers SELECT rn, 'deadline', 1, 1 FROM runs WHERE ended IS NULL;
+         COMMIT;
+         ANALYZE;",
+    )
+    .unwrap();
+}
+
+const OF_ONE_RUN: &[&str] = &[
+    read::GET,
+    read::RN,
+    read::ATTEMPTS,
+    read::EVENTS,
+    write::INSERT_RUN,
+    write::INSERT_SPEC,
+    write::INSERT_LABEL,
+    write::INSERT_EVENT,
+    write::INSERT_ATTEMPT,
+    write::INSERT_TIMER,
+    write::DELETE_TIMERS,
+    write::BY_ID,
+    write::BY_KEY,
+    write::MOVE,
+    write::END,
+    write::NEXT_EVENT,
+    write::CANCEL,
+];
+
+#[test]
+fn no_verb_on_one_run_scans_a_table() {
+    let conn = database();
+    for filled in [false, true] {
+        if filled {
+            fill(&conn);
+        }
+        for sql in OF_ONE_RUN {
+            let plan = plan(&conn, sql);
+            assert!(!plan.iter().any(|line| line.contains("SCAN")), "{sql}\n{plan:#?}");
+            assert!(!plan.iter().any(|line| line.contains("TEMP B-TREE")), "{sql}\n{plan:#?}");
+        }
+    }
+}
+
+#[test]
+fn what_a_restart_reads_is_found_by_the_index_of_live_runs() {
+    let conn = database();
+    fill(&conn);
+    let of_live = plan(&conn, read::LIVE);
+    assert!(of_live[0].contains("runs_live"), "{of_live:#?}");
+    let of_timers = plan(&conn, read::LIVE_TIMERS);
+    // Timers belong to live runs only, so the outer loop is small; the inner one must be a search.
+    assert!(of_timers[0].starts_with("SCAN t"), "{of_timers:#?}");
+    assert!(of_timers[1].starts_with("SEARCH r"), "{of_timers:#?}");
+    for plan in [of_live, of_timers] {
+        assert!(!plan.iter().any(|line| line.contains("TEMP B-TREE")), "{plan:#?}");
+    }
+}
+
+#[test]
+fn no_listing_sorts_and_a_cursor_is_a_place_in_an_index() {
+    let conn = database();
+    fill(&conn);
+    let all = RunFilter::default();
+    let labels = |n: usize| (0..n).map(|i| (format!("l{i}"), "x".to_owned())).collect::<BTreeMap<_, _>>();
+    let filters = [
+        (all.clone(), "runs_created"),
+        (RunFilter { tenant: "a".parse().ok(), ..all.clone() }, "runs_tenant_created"),
+        (RunFilter { states: vec![RunState::Failed], ..all.clone() }, "runs_created"),
+        (RunFilter { states: vec![RunState::Running, RunState::Queued], ..all.clone() }, "runs_live"),
+        (
+            RunFilter { tenant: "a".parse().ok(), states: vec![RunState::Running], ..all.clone() },
+            "runs_live",
+        ),
+        (RunFilter { labels: labels(1), ..all.clone() }, "PRIMARY KEY"),
+        (RunFilter { labels: labels(3), tenant: "a".parse().ok(), ..all.clone() }, "PRIMARY KEY"),
+        (RunFilter { created_from: Some(Timestamp::from_micros(5)), ..all }, "runs_created"),
+    ];
+    let cursor =
+        PageCursor { created: Timestamp::from_micros(7), id: RunId::new(uuid::Uuid::from_u128(1)) };
+    for (filter, index) in filters {
+        let (sql, _) = read::list_sql(&filter, Some(cursor));
+        let plan = plan(&conn, &sql);
+        assert!(plan[0].starts_with("SEARCH"), "{filter:?}\n{plan:#?}");
+        assert!(plan[0].contains(index) && plan[0].contains("created"), "{filter:?}\n{plan:#?}");
+        assert!(!plan.iter().any(|line| line.contains("SCAN") || line.contains("TEMP B-TREE")), "{plan:#?}");
+        let (sql, _) = read::list_sql(&filter, None);
+        assert!(!self::plan(&conn, &sql).iter().any(|line| line.contains("TEMP B-TREE")), "{sql}");
+    }
+}
+
+#[test]
+fn a_finished_run_is_not_in_the_index_of_live_runs() {
+    let conn = database();
+    fill(&conn);
+    let count = |sql: &str| conn.query_row(sql, (), |row| row.get::<_, i64>(0)).unwrap();
+    let live = "SELECT count(*) FROM runs INDEXED BY runs_live WHERE ended IS NULL";
+    assert_eq!(count(live), 10);
+    conn.execute("UPDATE runs SET ended = 1 WHERE rn = ?1", params![100_001]).unwrap();
+    assert_eq!(count(live), 9);
+}
