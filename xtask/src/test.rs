@@ -14,9 +14,10 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
         process::run(cargo()?.args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
         check_deps::run()?;
     }
-    // The service's tests start these as processes.
-    process::run(cargo()?.args(["build", "-p", "runner", "-p", "runner-agent", "-p", "runnerctl"]))?;
+    // All at once, with the features that the tests have too: the programs that tests start are built once, here.
+    process::run(cargo()?.args(["build", "--workspace", "--all-targets"]))?;
     let mut test = cargo()?;
+    test.env("RUNNER_TEST_BINARIES", process::target()?.join("debug"));
     test.args(["test", "--workspace", "--no-fail-fast"]);
     if !filters.is_empty() {
         test.arg("--").args(filters);
