@@ -1,0 +1,285 @@
+//! Local files become artifacts.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
+use runner_proto::v1 as proto;
+use rustix::fs::OFlags;
+use sha2::{Digest as _, Sha256};
+use tokio::{fs::File, io::AsyncReadExt as _};
+
+use crate::{
+    client::Client,
+    error::{ClientError, ErrorKind},
+    http_client::RequestBody,
+    retry::{self, Tries},
+    transfer::{CHUNK_BYTES, Tracker, TransferOptions},
+    walk::{self, TreeDirectory},
+};
+
+/// A file that was stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UploadedFile {
+    /// What an input names.
+    pub uri: String,
+    /// In bytes.
+    pub size: u64,
+    /// Lower-case hex. The service has checked it.
+    pub sha256: String,
+}
+
+/// A tree that was stored and sealed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UploadedTree {
+    /// What an input names. Ends in `/`.
+    pub uri: String,
+    /// Number of files.
+    pub files: u64,
+    /// Sum of their sizes.
+    pub total_bytes: u64,
+    /// What was left out; see [`Irregular::Skip`](crate::Irregular::Skip).
+    pub skipped: Vec<PathBuf>,
+}
+
+/// Where a file goes: the upload that it belongs to (empty: one of its own), and its path within.
+struct Target<'a> {
+    upload_id: &'a str,
+    path: &'a str,
+}
+
+impl Client {
+    /// Stores one regular file. It is read twice, once for its SHA-256, so that the service can refuse what differs.
+    ///
+    /// ```no_run
+    /// use worker_client::{Client, RunSpec, TransferOptions};
+    ///
+    /// # async fn example(client: Client) -> Result<(), worker_client::ClientError> {
+    /// let file = client.upload_file("genome.fa", TransferOptions::default()).await?;
+    /// let run = client.run(RunSpec::command(["wc", "/inputs/genome.fa"]).input("/inputs/genome.fa", file.uri)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; [`ErrorKind::Unsupported`] for what is not a regular file; [`ErrorKind::Integrity`] where the
+    /// file changed meanwhile.
+    pub async fn upload_file(
+        &self,
+        path: impl AsRef<Path>,
+        options: TransferOptions,
+    ) -> Result<UploadedFile, ClientError> {
+        let local = path.as_ref();
+        let mut file = open(local, OFlags::empty()).await?;
+        let name = local.file_name().and_then(|name| name.to_str()).unwrap_or("file");
+        let size = size_of(&file, local).await?;
+        let tracker = Tracker::new(&options, size, 1);
+        let target = Target { upload_id: "", path: name };
+        let (stored, _) = self.store(&mut file, local, &target, &tracker).await?;
+        Ok(stored)
+    }
+
+    /// Stores a directory with everything below it, several files at once, and seals it. The answer's `uri` is an input
+    /// that appears as a directory.
+    ///
+    /// # Errors
+    /// As [`Client::upload_file`]; [`ErrorKind::Invalid`] above `max_entries`. Nothing that was stored becomes visible
+    /// before the seal.
+    pub async fn upload_tree(
+        &self,
+        dir: impl AsRef<Path>,
+        options: TransferOptions,
+    ) -> Result<UploadedTree, ClientError> {
+        let root = dir.as_ref().to_owned();
+        let (irregular, max_entries) = (options.irregular, options.max_entries);
+        let tree = tokio::task::spawn_blocking(move || walk::walk(&root, irregular, max_entries))
+            .await
+            .map_err(|e| ClientError::new(ErrorKind::Io, "walk the directory", e.to_string()))??;
+        let tracker = Tracker::new(&options, tree.total_bytes, tree.files.len() as u64);
+        let store = async |upload_id: &str, file: &walk::TreeFile| {
+            let target = Target { upload_id, path: &file.path };
+            let mut opened = open(&file.local, OFlags::NOFOLLOW).await?;
+            let (_, id) = self.store(&mut opened, &file.local, &target, &tracker).await?;
+            Ok::<_, ClientError>(id)
+        };
+        // The first file's answer names the upload that the others join.
+        let upload_id = match tree.files.first() {
+            Some(first) => store("", first).await?,
+            // The name of an upload without files: one is announced and never sent.
+            None => self.create_upload(&Target { upload_id: "", path: "none" }, 0, "").await?.upload_id,
+        };
+        stream::iter(tree.files.iter().skip(1))
+            .map(|file| store(&upload_id, file))
+            .buffer_unordered(options.parallelism)
+            .try_for_each(async |_| Ok(()))
+            .await?;
+        let files = tree.files.into_iter().map(|file| (file.path, file.mode, false));
+        let directories = tree.directories.into_iter().filter(worth_telling);
+        let directories = directories.map(|dir| (dir.path, dir.mode, true));
+        let entries = files.chain(directories);
+        let entries =
+            entries.map(|(path, mode, directory)| proto::TreeEntry { path, mode, directory }).collect();
+        let sealed = self.seal(proto::SealTreeRequest { upload_id, entries }).await?;
+        Ok(UploadedTree {
+            uri: sealed.uri,
+            files: sealed.files,
+            total_bytes: sealed.total_bytes,
+            skipped: tree.skipped,
+        })
+    }
+
+    async fn seal(&self, message: proto::SealTreeRequest) -> Result<proto::SealTreeResponse, ClientError> {
+        let response = retry::idempotent(self.retry_policy(), || {
+            let (mut grpc, request) = (self.artifacts(), self.request(message.clone()));
+            async move {
+                grpc.seal_tree(request).await.map_err(|e| ClientError::status("seal the uploaded tree", e))
+            }
+        });
+        Ok(response.await?.into_inner())
+    }
+
+    async fn create_upload(
+        &self,
+        target: &Target<'_>,
+        size: u64,
+        sha256: &str,
+    ) -> Result<proto::CreateUploadResponse, ClientError> {
+        let message = proto::CreateUploadRequest {
+            upload_id: target.upload_id.to_owned(),
+            path: target.path.to_owned(),
+            size,
+            sha256: sha256.to_owned(),
+        };
+        let response = retry::idempotent(self.retry_policy(), || {
+            let (mut grpc, request) = (self.artifacts(), self.request(message.clone()));
+            async move {
+                grpc.create_upload(request).await.map_err(|e| ClientError::status("announce the upload", e))
+            }
+        });
+        Ok(response.await?.into_inner())
+    }
+
+    /// Hashes, announces and sends a file. Answers the id of its upload, too.
+    async fn store(
+        &self,
+        file: &mut File,
+        local: &Path,
+        target: &Target<'_>,
+        tracker: &Tracker,
+    ) -> Result<(UploadedFile, String), ClientError> {
+        let doing = format!("upload {}", local.display());
+        let (size, sha256) = hash(file, local).await?;
+        let mut tries = Tries::new(self.retry_policy());
+        let mut repeated = false;
+        loop {
+            // A URL stores once: each try has its own.
+            let created = self.create_upload(target, size, &sha256).await?;
+            let signed = created.url.as_ref().ok_or_else(|| {
+                ClientError::new(ErrorKind::Protocol, doing.as_str(), "the answer holds no signed URL")
+            })?;
+            let sent = Arc::new(AtomicU64::new(0));
+            let body = body(local, target, size, tracker.clone(), Arc::clone(&sent)).await?;
+            let mut before = 0;
+            let moved = || {
+                let now = sent.load(Ordering::Relaxed);
+                std::mem::replace(&mut before, now) == now
+            };
+            match self.http().put(&doing, signed, size, body, moved).await {
+                Ok(()) => {}
+                // The answer to an earlier try was lost: the same path of the same upload, with the same digest, is there.
+                Err(error) if repeated && error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => {
+                    tracker.lost(sent.load(Ordering::Relaxed));
+                    if !error.is_retryable() {
+                        return Err(error);
+                    }
+                    tries.failed(error).await?;
+                    repeated = true;
+                    continue;
+                }
+            }
+            tracker.file_done();
+            return Ok((UploadedFile { uri: created.uri, size, sha256 }, created.upload_id));
+        }
+    }
+}
+
+/// A directory that the files' paths do not tell of.
+fn worth_telling(dir: &TreeDirectory) -> bool {
+    dir.empty || dir.mode != 0o755
+}
+
+/// Opens a regular file. Never waits for the other end of a pipe.
+async fn open(local: &Path, flags: OFlags) -> Result<File, ClientError> {
+    let doing = || format!("open {}", local.display());
+    let flags = (flags | OFlags::NONBLOCK).bits();
+    let flags = i32::try_from(flags).map_err(|e| ClientError::new(ErrorKind::Io, doing(), e.to_string()))?;
+    let file = tokio::fs::OpenOptions::new().read(true).custom_flags(flags).open(local).await;
+    let file = file.map_err(|e| ClientError::io(doing(), e))?;
+    let metadata = file.metadata().await.map_err(|e| ClientError::io(doing(), e))?;
+    if !metadata.is_file() {
+        return Err(ClientError::new(ErrorKind::Unsupported, doing(), "it is not a regular file"));
+    }
+    Ok(file)
+}
+
+async fn size_of(file: &File, local: &Path) -> Result<u64, ClientError> {
+    let metadata = file.metadata().await;
+    Ok(metadata.map_err(|e| ClientError::io(format!("read {}", local.display()), e))?.len())
+}
+
+async fn hash(file: &mut File, local: &Path) -> Result<(u64, String), ClientError> {
+    let mut hasher = Sha256::new();
+    let mut size = 0u64;
+    let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
+    loop {
+        chunk.clear();
+        let read = file.read_buf(&mut chunk).await;
+        let read = read.map_err(|e| ClientError::io(format!("read {}", local.display()), e))?;
+        if read == 0 {
+            return Ok((size, hex::encode(hasher.finalize())));
+        }
+        hasher.update(&chunk);
+        size += read as u64;
+    }
+}
+
+/// The file's first `size` bytes. Fails where it has become shorter.
+async fn body(
+    local: &Path,
+    target: &Target<'_>,
+    size: u64,
+    tracker: Tracker,
+    sent: Arc<AtomicU64>,
+) -> Result<RequestBody, ClientError> {
+    // A file of a tree is never a link; the caller's own path may be one.
+    let flags = if target.upload_id.is_empty() { OFlags::empty() } else { OFlags::NOFOLLOW };
+    let file = open(local, flags).await?;
+    let chunks = stream::try_unfold((file.take(size), 0u64), move |(mut file, done)| {
+        let (tracker, sent) = (tracker.clone(), Arc::clone(&sent));
+        async move {
+            let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
+            let read = file.read_buf(&mut chunk).await? as u64;
+            if read == 0 && done < size {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
+            }
+            if read == 0 {
+                return Ok(None);
+            }
+            sent.fetch_add(read, Ordering::Relaxed);
+            tracker.moved(read);
+            let frame: Frame<Bytes> = Frame::data(chunk.freeze());
+            Ok(Some((frame, (file, done + read))))
+        }
+    });
+    Ok(StreamBody::new(chunks).boxed_unsync())
+}
