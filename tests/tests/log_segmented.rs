@@ -1,0 +1,59 @@
+//! Logs over an object store keep the contract of logs: with sizes as in service, and with sizes so small that a few
+//! hundred bytes pass every limit.
+
+use std::{sync::Arc, time::Duration};
+
+use runner_artifacts::log::{Options, SegmentedLogs};
+use runner_core::{artifact::ArtifactStore, clock::SystemClock, log::LogStore};
+use runner_tests::log::{Harness, store::FaultyStore};
+
+struct Segmented {
+    store: Arc<dyn ArtifactStore>,
+    options: Options,
+    logs: Arc<dyn LogStore>,
+}
+
+impl Segmented {
+    fn new(store: Arc<dyn ArtifactStore>, options: Options) -> Self {
+        let logs = Self::make(&store, &options);
+        Self { store, options, logs }
+    }
+
+    fn make(store: &Arc<dyn ArtifactStore>, options: &Options) -> Arc<dyn LogStore> {
+        Arc::new(SegmentedLogs::new(store.clone(), Arc::new(SystemClock::new()), options.clone()))
+    }
+}
+
+impl Harness for Segmented {
+    fn logs(&self) -> Arc<dyn LogStore> {
+        self.logs.clone()
+    }
+
+    fn reopen(&mut self) {
+        self.logs = Self::make(&self.store, &self.options);
+    }
+}
+
+/// Everything is stored, merged, trimmed and thinned out all the time.
+fn tiny() -> Options {
+    Options {
+        segment_bytes: 2000,
+        flush_after: Duration::from_millis(3),
+        window_bytes: 1500,
+        memory_bytes: 40_000,
+        batch_bytes: 900,
+        concurrent_stores: 2,
+        index_stride: 500,
+        ..Options::default()
+    }
+}
+
+mod as_in_service {
+    use super::*;
+    runner_tests::log_suite!(Segmented::new(FaultyStore::new(), Options::default()));
+}
+
+mod with_tiny_limits {
+    use super::*;
+    runner_tests::log_suite!(Segmented::new(FaultyStore::new(), tiny()));
+}
