@@ -36,7 +36,7 @@ use runner_core::{
     id::{AttemptId, RunId, TenantId},
     log::{Frame, FrameBatch, LogError, LogStore, LogSummary},
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use self::{
     cursor::{ReadFault, cost},
@@ -47,6 +47,9 @@ use self::{
 
 /// Frames are added in pieces that cost at most this, so that no batch is larger than what may wait.
 const PIECE: usize = 1024 * 1024;
+
+/// How often whoever waits for memory asks for it.
+const PRESS_AGAIN: Duration = Duration::from_millis(20);
 
 /// How much memory logs may take, and when they are stored.
 #[derive(Debug, Clone)]
@@ -328,12 +331,7 @@ impl Inner {
         let permits = u32::try_from(wanted).unwrap_or(u32::MAX);
         let permit = match self.budget.pending.try_acquire_many(permits) {
             Ok(permit) => permit,
-            Err(_) => {
-                self.queue.press();
-                let acquire = self.budget.pending.acquire_many(permits);
-                // Never closed.
-                acquire.await.map_err(|_| entry.store_error(closed()))?
-            }
+            Err(_) => self.wait_for_memory(entry, permits).await?,
         };
         let now = self.clock.monotonic();
         let (result, added, enqueue, durable) = {
@@ -368,6 +366,20 @@ impl Inner {
             self.enqueue(entry);
         }
         result.map(|()| durable)
+    }
+
+    /// Waits until frames of other logs are stored.
+    async fn wait_for_memory(&self, entry: &Entry, permits: u32) -> Result<SemaphorePermit<'_>, LogError> {
+        let mut acquire = std::pin::pin!(self.budget.pending.acquire_many(permits));
+        loop {
+            // Again and again: what came after the last time is in nobody's hurry.
+            self.queue.press();
+            tokio::select! {
+                // Never closed.
+                permit = &mut acquire => return permit.map_err(|_| entry.store_error(closed())),
+                () = tokio::time::sleep(PRESS_AGAIN) => {}
+            }
+        }
     }
 
     /// Waits while two segments wait to be stored.
