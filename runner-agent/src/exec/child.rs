@@ -65,8 +65,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) spec: &'a ExecSpec,
     pub(crate) argv: CStrings,
     pub(crate) env: CStrings,
-    pub(crate) dir: BorrowedFd<'a>,
-    pub(crate) dir_path: PathBuf,
+    /// The attempt's directory, absolute.
+    pub(crate) dir: PathBuf,
     /// To the shim.
     pub(crate) channel: BorrowedFd<'a>,
     /// Standard input, output, error. With a terminal the last two are not used.
@@ -174,7 +174,7 @@ fn set_up_and_wait(plan: &Plan<'_>) -> Result<(), String> {
     // Descriptors of the shim must not stay open here: an open end of a pipe is a reader or a writer.
     let [input, output, errors] = plan.stdio.map(|fd| fd.as_raw_fd());
     // The first three stay, so that nothing else gets their numbers before the program's streams do.
-    sys::close_all_but([0, 1, 2, plan.channel.as_raw_fd(), plan.dir.as_raw_fd(), input, output, errors])
+    sys::close_all_but([0, 1, 2, plan.channel.as_raw_fd(), input, output, errors])
         .map_err(|error| format!("closing descriptors: {error}"))?;
     rustix::process::umask(Mode::empty());
     if spec.namespaces.uts {
@@ -184,7 +184,7 @@ fn set_up_and_wait(plan: &Plan<'_>) -> Result<(), String> {
         sys::loopback_up().map_err(|error| format!("loopback: {error}"))?;
     }
     if spec.namespaces.mount {
-        root::enter(spec, plan.dir, &plan.dir_path)?;
+        root::enter(spec, &plan.dir)?;
     }
     let terminal = match spec.terminal {
         Some(size) => Some(

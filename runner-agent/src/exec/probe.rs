@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{Read as _, Write as _},
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::fd::AsRawFd as _,
     path::Path,
     time::Duration,
 };
@@ -82,16 +82,15 @@ fn probe_in(scratch: &Path, user: bool, report: &mut ProbeReport) {
 
 /// Makes the namespaces and the root in a child, as for a workload.
 fn attempt(scratch: &Path, namespaces: Namespaces, root: Root) -> Result<(), String> {
-    let stage = scratch.join("stage");
+    let stage = fs::canonicalize(scratch.join("stage")).map_err(|error| format!("{}: {error}", scratch.display()))?;
     let spec = spec(namespaces, root);
-    let dir = fs::File::open(&stage).map_err(|error| format!("{}: {error}", stage.display()))?;
     let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|error| format!("pipe: {error}"));
     let ((go, let_go), (answer, tell)) = (pipe()?, pipe()?);
     let pid = match sys::fork(shim::clone_flags(&spec)).map_err(|error| format!("clone: {error}"))? {
         Forked::Parent(pid) => pid,
         Forked::Child => {
             let body = || {
-                let _ = sys::close_all_but([0, 1, 2, go.as_raw_fd(), tell.as_raw_fd(), dir.as_raw_fd()]);
+                let _ = sys::close_all_but([0, 1, 2, go.as_raw_fd(), tell.as_raw_fd()]);
                 if rustix::io::read(&go, &mut [0]) != Ok(1) {
                     return;
                 }
@@ -101,7 +100,7 @@ fn attempt(scratch: &Path, namespaces: Namespaces, root: Root) -> Result<(), Str
                     done = sys::loopback_up().map_err(|error| format!("loopback: {error}"));
                 }
                 if namespaces.mount {
-                    done = done.and_then(|()| root::enter(&spec, dir.as_fd(), &stage));
+                    done = done.and_then(|()| root::enter(&spec, &stage));
                 }
                 let _ = rustix::io::write(&tell, done.err().unwrap_or_else(|| "ok".to_owned()).as_bytes());
             };

@@ -58,18 +58,20 @@ impl<T> Step<T> for Result<T, Errno> {
     }
 }
 
-/// Makes the root that the specification demands and enters it. `dir` is the attempt's directory: a mount is put over it,
-/// in this namespace only.
+/// Makes the root that the specification demands and enters it. `dir` is the attempt's directory, absolute: a mount is put
+/// over it, in this namespace only.
 ///
 /// # Errors
 /// What could not be done. The process is then in no state to go on.
-pub(crate) fn enter(spec: &ExecSpec, dir: BorrowedFd<'_>, dir_path: &Path) -> Result<(), Fault> {
+pub(crate) fn enter(spec: &ExecSpec, dir: &Path) -> Result<(), Fault> {
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .step("making the mounts private")?;
     // Sources may lie in the attempt's directory, which the stage covers.
     let mounts = open_sources(spec)?;
     let base = Base::open(spec)?;
-    let stage = Stage::make(dir)?;
+    // Opened here: a descriptor from before would lead to the mounts of the machine's namespace.
+    let place = rustix::fs::open(dir, DIRECTORY, Mode::empty()).step(dir.display())?;
+    let stage = Stage::make(place.as_fd())?;
     let root = base.make(&stage)?;
     let mut builder = Builder { root, ours: HashSet::new(), spec };
     let id = mount_id(builder.root.as_fd())?;
@@ -94,7 +96,7 @@ pub(crate) fn enter(spec: &ExecSpec, dir: BorrowedFd<'_>, dir_path: &Path) -> Re
     builder.attach_proc(&stage)?;
     builder.attach_sys()?;
     if let Root::Host { hidden } = &spec.root {
-        for path in hidden.iter().map(|path| path.as_path()).chain([dir_path]) {
+        for path in hidden.iter().map(|path| path.as_path()).chain([dir]) {
             builder.hide(&stage, path)?;
         }
     }

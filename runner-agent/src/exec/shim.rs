@@ -232,8 +232,7 @@ fn start<'a>(dir: &'a Path, spec: &'a ExecSpec, clock: &'a SystemClock) -> Resul
         spec,
         argv,
         env,
-        dir: dir_fd.as_fd(),
-        dir_path: absolute(dir)?,
+        dir: absolute(dir)?,
         channel: theirs.as_fd(),
         stdio: [streams.stdin.as_fd(), streams.stdout.as_fd(), streams.stderr.as_fd()],
     };

@@ -55,13 +55,16 @@ enum Why {
 }
 
 impl Spool {
-    /// Makes the directory of the spool.
+    /// Makes the directory of the spool, or takes the one that the backend has made to watch it.
     ///
     /// # Errors
     /// The file system's.
     pub(crate) fn create(dir: &Path, limit: u64) -> io::Result<Self> {
         let log = dir.join(name::LOG);
-        std::fs::create_dir(&log)?;
+        match std::fs::create_dir(&log) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
         Ok(Self {
             log,
             limit,
