@@ -1,5 +1,8 @@
 //! Conformance suites as libraries, and what the end-to-end, crash and load tests have in common.
 
+pub mod artifact;
 pub mod backend;
+pub mod binaries;
 pub mod log;
+pub mod proc;
 pub mod store;

@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod cases;
 pub mod fake;
+pub mod local;
 pub mod observed;
 pub mod program;
 pub mod store;

@@ -1,0 +1,61 @@
+//! Where the programs under test are. They are built on demand, so that a test never runs yesterday's.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+type Built = OnceLock<Result<PathBuf, String>>;
+
+/// The folder of the programs: `RUNNER_TEST_BINARIES` where it is set, else that of this build, after building them.
+fn folder(built: &Built, packages: &[&str]) -> Result<PathBuf, String> {
+    let make = || match std::env::var_os("RUNNER_TEST_BINARIES") {
+        Some(folder) => Ok(folder.into()),
+        None => build(packages),
+    };
+    built.get_or_init(make).clone()
+}
+
+fn build(packages: &[&str]) -> Result<PathBuf, String> {
+    let own = std::env::current_exe().map_err(|error| format!("find this test's program: {error}"))?;
+    // target/PROFILE/deps/TEST-HASH
+    let folder = own.parent().and_then(Path::parent).ok_or("this test's program lies nowhere")?.to_owned();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--quiet", "--bins"]);
+    command.args(packages.iter().flat_map(|package| ["--package", package]));
+    if folder.file_name().is_some_and(|name| name == "release") {
+        command.arg("--release");
+    }
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("the workspace lies nowhere")?;
+    let output = command.current_dir(workspace).output().map_err(|error| format!("start cargo: {error}"))?;
+    if output.status.success() {
+        Ok(folder)
+    } else {
+        Err(format!("build the programs: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+}
+
+fn program(folder: Result<PathBuf, String>, name: &str) -> Result<PathBuf, String> {
+    let path = folder?.join(name);
+    if path.is_file() { Ok(path) } else { Err(format!("there is no {}", path.display())) }
+}
+
+/// The shim.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn agent() -> Result<PathBuf, String> {
+    static BUILT: Built = OnceLock::new();
+    program(folder(&BUILT, &["runner-agent"]), "runner-agent")
+}
+
+/// The service. The shim lies beside it.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn runner() -> Result<PathBuf, String> {
+    static BUILT: Built = OnceLock::new();
+    program(folder(&BUILT, &["runner", "runner-agent"]), "runner")
+}

@@ -1,0 +1,145 @@
+//! What is seen of processes, mounts and control groups from outside, through `/proc` and `/sys`. Independent of the code
+//! under test, so that a leak cannot hide behind the bookkeeping that made it.
+
+use std::{
+    fs,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
+
+use rustix::process::{Pid, Signal};
+
+/// Every process that can be seen, as its pid.
+fn pids() -> impl Iterator<Item = i32> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+/// Field 3 of `/proc/PID/stat`, and field 4: state and parent.
+fn state_and_parent(pid: i32) -> Option<(char, i32)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name is in parentheses and may contain anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
+}
+
+fn describe(pid: i32) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let line = String::from_utf8_lossy(&line).replace('\0', " ");
+    let (state, parent) = state_and_parent(pid).unwrap_or(('?', 0));
+    format!("pid {pid} (state {state}, parent {parent}): {}", line.chars().take(120).collect::<String>())
+}
+
+fn alive(pid: i32) -> bool {
+    state_and_parent(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+}
+
+fn pids_with_environment(name: &str, value: &str) -> Vec<i32> {
+    let entry = format!("{name}={value}");
+    let has = |pid: &i32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|found| found == entry.as_bytes()) && alive(*pid)
+    };
+    pids().filter(has).collect()
+}
+
+fn pids_with_argument_below(path: &Path) -> Vec<i32> {
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    let has = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        *pid != own && contains(&line, path.as_os_str().as_bytes()) && alive(*pid)
+    };
+    pids().filter(has).collect()
+}
+
+/// Live processes with this variable in their environment, each as a line for people.
+pub fn with_environment(name: &str, value: &str) -> Vec<String> {
+    pids_with_environment(name, value).into_iter().map(describe).collect()
+}
+
+/// Live processes whose command line names something below `path`, but for this one.
+pub fn with_argument_below(path: &Path) -> Vec<String> {
+    pids_with_argument_below(path).into_iter().map(describe).collect()
+}
+
+/// Dead children of `parent` that it has not waited for.
+pub fn zombies_of(parent: u32) -> Vec<String> {
+    let is = |pid: &i32| {
+        state_and_parent(*pid).is_some_and(|(state, of)| state == 'Z' && u32::try_from(of) == Ok(parent))
+    };
+    pids().filter(is).map(describe).collect()
+}
+
+/// Kills processes by a variable of their environment.
+pub fn kill_with_environment(name: &str, value: &str) {
+    pids_with_environment(name, value).into_iter().for_each(kill);
+}
+
+/// Kills processes whose command line names something below `path`, but not this one.
+pub fn kill_with_argument_below(path: &Path) {
+    pids_with_argument_below(path).into_iter().for_each(kill);
+}
+
+/// Pids of the processes whose command line names something below `path`.
+pub fn pids_naming(path: &Path) -> Vec<i32> {
+    pids_with_argument_below(path)
+}
+
+/// Kills a process as nothing else can. One that is gone already is fine.
+pub fn kill(pid: i32) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        let _ = rustix::process::kill_process(pid, Signal::KILL);
+    }
+}
+
+/// Resident memory of a process, in bytes.
+pub fn resident_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+/// Number of open files of a process.
+pub fn open_files(pid: u32) -> Option<usize> {
+    Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
+}
+
+/// Mounts of this process' namespace at or below `path`.
+pub fn mounts_below(path: &Path) -> Vec<String> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let at = |line: &&str| line.split(' ').nth(4).is_some_and(|at| Path::new(at).starts_with(path));
+    mounts.lines().filter(at).map(|line| format!("mount {line}")).collect()
+}
+
+fn groups_named(name: &str, dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok) {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            if entry.file_name().to_string_lossy().contains(name) {
+                found.push(entry.path());
+            }
+            groups_named(name, &entry.path(), found);
+        }
+    }
+}
+
+/// Control groups of every hierarchy with `name` in their own name.
+pub fn control_groups_named(name: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    groups_named(name, Path::new("/sys/fs/cgroup"), &mut found);
+    found.into_iter().map(|path| format!("control group {}", path.display())).collect()
+}
+
+/// Removes control groups that a failed test left behind.
+pub fn remove_control_groups_named(name: &str) {
+    let mut found = Vec::new();
+    groups_named(name, Path::new("/sys/fs/cgroup"), &mut found);
+    for path in found.into_iter().rev() {
+        let _ = fs::remove_dir(path);
+    }
+}
