@@ -271,6 +271,10 @@ impl Config {
                 add(&format!("server.{key}"), "must be from 1 s to 24 h".to_owned());
             }
         }
+        if server.grant_lifetime.0 > runner_artifacts::blob::MAX_LIFETIME {
+            let most = Span(runner_artifacts::blob::MAX_LIFETIME);
+            add("server.grant_lifetime", format!("must be at most {most}"));
+        }
         for (key, message) in self.limits.faults() {
             add(&format!("limits.{key}"), message);
         }

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// The answers of one `Attach`.
-pub type Answers = BoxStream<'static, Result<v1::AttachResponse, Status>>;
+pub(super) type Answers = BoxStream<'static, Result<v1::AttachResponse, Status>>;
 
 struct Attached {
     service: Arc<RunService>,

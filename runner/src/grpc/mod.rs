@@ -8,10 +8,10 @@ mod watch;
 
 use std::sync::Arc;
 
-use runner_artifacts::BlobSigner;
+use runner_artifacts::blob::BlobSigner;
 use runner_core::{
     artifact::ArtifactStore,
-    clock::Clock,
+    clock::{Clock, IdGen},
     limits::Limits,
     service::RunService,
 };
@@ -35,6 +35,8 @@ pub struct Api {
     pub signer: Arc<BlobSigner>,
     /// For the expiry of URLs.
     pub clock: Arc<dyn Clock>,
+    /// For the names of uploads.
+    pub ids: Arc<dyn IdGen>,
     /// Who calls.
     pub auth: Authenticator,
     /// What a spec may ask for.

@@ -1,0 +1,144 @@
+//! The running surfaces: both ports, the health that they report, and how they end.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use runner_artifacts::blob::BlobSigner;
+use runner_core::{
+    artifact::ArtifactStore,
+    clock::{Clock, IdGen},
+    limits::Limits,
+    service::RunService,
+    task::{self, TaskKind},
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    auth::Authenticator,
+    blob,
+    config::Config,
+    grpc::{self, Health},
+    metrics::Metrics,
+    ops::{self, ReadyProbe},
+    server::Server,
+};
+
+/// How often the standard health service is brought up to date.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What the surfaces are made of.
+#[derive(Debug)]
+pub struct SurfaceParts {
+    /// The service behind them.
+    pub service: Arc<RunService>,
+    /// The object store.
+    pub artifacts: Arc<dyn ArtifactStore>,
+    /// Mints and checks URLs.
+    pub signer: Arc<BlobSigner>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Names of uploads.
+    pub ids: Arc<dyn IdGen>,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
+    /// gRPC and blobs.
+    pub listener: TcpListener,
+    /// Health and metrics.
+    pub ops_listener: TcpListener,
+}
+
+/// Both ports, being served.
+#[derive(Debug)]
+pub struct Surfaces {
+    service: Arc<RunService>,
+    clock: Arc<dyn Clock>,
+    health: Health,
+    draining: CancellationToken,
+    abort: CancellationToken,
+    stop_ops: CancellationToken,
+    api: JoinHandle<Option<()>>,
+    ops: JoinHandle<Option<()>>,
+}
+
+impl Surfaces {
+    /// Serves on both listeners.
+    ///
+    /// # Errors
+    /// Where the contract's descriptors do not decode, which the tests of `runner-proto` exclude.
+    pub async fn start(config: &Config, parts: SurfaceParts) -> Result<Self, tonic_reflection::server::Error> {
+        let SurfaceParts { service, artifacts, signer, clock, ids, metrics, listener, ops_listener } = parts;
+        let draining = CancellationToken::new();
+        let abort = CancellationToken::new();
+        let stop_ops = CancellationToken::new();
+        let api = grpc::Api {
+            service: Arc::clone(&service),
+            artifacts: Arc::clone(&artifacts),
+            signer: Arc::clone(&signer),
+            clock: Arc::clone(&clock),
+            ids,
+            auth: Authenticator::unauthenticated(),
+            limits: Arc::new(Limits::from(&config.limits)),
+            config: Arc::new(config.server.clone()),
+            draining: draining.clone(),
+        };
+        let (routes, health) = grpc::routes(api).await?;
+        let blobs = blob::Blobs {
+            store: artifacts,
+            signer,
+            metrics: Arc::clone(&metrics),
+            read_timeout: config.server.read_timeout.0,
+            max_upload_bytes: config.server.max_upload_bytes.0,
+            draining: draining.clone(),
+            writing: Arc::new(std::sync::Mutex::new(HashSet::new())),
+        };
+        let router = routes.prepare().into_axum_router().merge(blob::router(blobs));
+        let probe = Arc::new(ReadyProbe::new(Arc::clone(&service), Arc::clone(&clock), draining.clone()));
+        let server = Server {
+            name: "api",
+            config: config.server.clone(),
+            metrics: Arc::clone(&metrics),
+            draining: draining.clone(),
+            abort: abort.clone(),
+        };
+        let ops_server =
+            Server { name: "ops", draining: stop_ops.clone(), abort: abort.child_token(), ..server.clone() };
+        task::spawn(TaskKind::Loop, "health", report_health(health.clone(), Arc::clone(&probe), draining.clone()));
+        let api = task::spawn(TaskKind::Loop, "api", server.serve(listener, router));
+        let ops = task::spawn(TaskKind::Loop, "ops", ops_server.serve(ops_listener, ops::router(probe, metrics)));
+        Ok(Self { service, clock, health, draining, abort, stop_ops, api, ops })
+    }
+
+    /// Stops within `drain`: no new connection; streams end with `UNAVAILABLE`, so that clients connect again; calls under
+    /// way end; then the service stops driving. Workloads live on. What does not end in time is dropped.
+    pub async fn stop(self, drain: Duration) {
+        let start = self.clock.monotonic();
+        self.health.set(false).await;
+        self.draining.cancel();
+        // A quarter is kept for the service itself.
+        if tokio::time::timeout(drain.mul_f64(0.75), self.api).await.is_err() {
+            tracing::warn!("connections that did not end in time are dropped");
+        }
+        self.abort.cancel();
+        let left = drain.saturating_sub(self.clock.monotonic().saturating_sub(start));
+        if tokio::time::timeout(left, self.service.shutdown()).await.is_err() {
+            tracing::warn!("work that did not end in time is given up; the next start takes it up again");
+        }
+        self.stop_ops.cancel();
+        // Its connections are dropped by `abort`, so this is over at once.
+        let _ = self.ops.await;
+    }
+}
+
+async fn report_health(health: Health, probe: Arc<ReadyProbe>, draining: CancellationToken) {
+    loop {
+        let ready = probe.check().await.ready;
+        if draining.is_cancelled() {
+            return;
+        }
+        health.set(ready).await;
+        tokio::select! {
+            () = tokio::time::sleep(HEALTH_INTERVAL) => {}
+            () = draining.cancelled() => return,
+        }
+    }
+}
