@@ -3,12 +3,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use runner_artifacts::log::{Options, SegmentedLogs};
+use runner_artifacts::{
+    directory::DirectoryArtifacts,
+    log::{Options, SegmentedLogs},
+};
 use runner_core::{artifact::ArtifactStore, clock::SystemClock, log::LogStore};
 use runner_tests::log::{Harness, store::FaultyStore};
 
 struct Segmented {
     store: Arc<dyn ArtifactStore>,
+    /// Removed after the store.
+    _directory: Option<tempfile::TempDir>,
     options: Options,
     logs: Arc<dyn LogStore>,
 }
@@ -16,7 +21,13 @@ struct Segmented {
 impl Segmented {
     fn new(store: Arc<dyn ArtifactStore>, options: Options) -> Self {
         let logs = Self::make(&store, &options);
-        Self { store, options, logs }
+        Self { store, _directory: None, options, logs }
+    }
+
+    fn in_a_directory(options: Options) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let store = DirectoryArtifacts::open(directory.path()).expect("a directory store");
+        Self { _directory: Some(directory), ..Self::new(Arc::new(store), options) }
     }
 
     fn make(store: &Arc<dyn ArtifactStore>, options: &Options) -> Arc<dyn LogStore> {
@@ -56,4 +67,14 @@ mod as_in_service {
 mod with_tiny_limits {
     use super::*;
     runner_tests::log_suite!(Segmented::new(FaultyStore::new(), tiny()));
+}
+
+mod in_a_directory {
+    use super::*;
+    runner_tests::log_suite!(Segmented::in_a_directory(Options::default()));
+}
+
+mod in_a_directory_with_tiny_limits {
+    use super::*;
+    runner_tests::log_suite!(Segmented::in_a_directory(tiny()));
 }
