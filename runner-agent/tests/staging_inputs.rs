@@ -59,8 +59,12 @@ async fn the_longer_path_wins_inside_a_tree() {
         ],
         vec![],
     );
-    put_tree(&bench.store, "uploads/t/outer", &[("a", b"theirs"), ("b", b"b"), ("sub/x", b"hidden"), ("sub-x", b"kept")])
-        .await;
+    put_tree(
+        &bench.store,
+        "uploads/t/outer",
+        &[("a", b"theirs"), ("b", b"b"), ("sub/x", b"hidden"), ("sub-x", b"kept")],
+    )
+    .await;
     put_tree(&bench.store, "uploads/t/inner", &[("y", b"inner")]).await;
     bench.stage().await.unwrap();
     assert_eq!(fs::read(bench.at("in/0/src/a")).unwrap(), b"mine");
@@ -76,13 +80,20 @@ async fn another_run_s_outputs_are_an_input() {
     fs::create_dir(first.at("out/0/data/empty")).unwrap();
     first.publish(false).await.unwrap();
 
-    let second = Bench { spec: Bench::new(vec![artifact("/inputs/first", "runs/t/r/1/")], vec![]).spec, ..first };
+    let second =
+        Bench { spec: Bench::new(vec![artifact("/inputs/first", "runs/t/r/1/")], vec![]).spec, ..first };
     let dir = tempfile::tempdir().unwrap();
     let second = Bench { root: runner_agent::staging::Root::open(dir.path()).unwrap(), dir, ..second };
     second.stage().await.unwrap();
     let found = below(&second.at("in/0/first"));
-    let expected =
-        ["outputs", "outputs/data", "outputs/data/empty", "outputs/data/x", "outputs/data/x/y", "outputs/report.txt"];
+    let expected = [
+        "outputs",
+        "outputs/data",
+        "outputs/data/empty",
+        "outputs/data/x",
+        "outputs/data/x/y",
+        "outputs/report.txt",
+    ];
     assert_eq!(found, expected);
     assert_eq!(fs::read(second.at("in/0/first/outputs/report.txt")).unwrap(), b"all is well");
 }
@@ -102,8 +113,10 @@ async fn staging_again_after_success_touches_nothing() {
 
 #[tokio::test]
 async fn staging_after_an_interruption_gives_the_same_as_staging_once() {
-    let files: Vec<(String, Vec<u8>)> = (0..200u32).map(|n| (format!("d{}/{n}", n % 7), vec![n as u8; 3000])).collect();
-    let files: Vec<(&str, &[u8])> = files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice())).collect();
+    let files: Vec<(String, Vec<u8>)> =
+        (0..200u32).map(|n| (format!("d{}/{n}", n % 7), vec![n as u8; 3000])).collect();
+    let files: Vec<(&str, &[u8])> =
+        files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice())).collect();
     let bench = Bench::new(vec![artifact("/inputs/t", "uploads/t/tree/")], vec![]);
     put_tree(&bench.store, "uploads/t/tree", &files).await;
     for interrupted_after in [0, 1, 50, 199] {
@@ -173,7 +186,10 @@ async fn what_does_not_match_its_digest_never_appears() {
         bench.store.put_bytes(&key("uploads/t/o"), bytes.clone().into()).await.unwrap();
         let error = bench.stage().await.unwrap_err();
         assert_eq!((error.kind, error.field.as_str()), (StagingErrorKind::Mismatch, "spec.inputs[0]"));
-        assert!(error.context.contains(&digest(b"other")) && error.context.contains(&digest(&bytes)), "{error}");
+        assert!(
+            error.context.contains(&digest(b"other")) && error.context.contains(&digest(&bytes)),
+            "{error}"
+        );
         assert_eq!(below(&bench.at("in/0")), [""; 0]);
         bench.assert_no_partial_files();
         assert!(!BackendError::from(error).retryable);
@@ -319,7 +335,9 @@ async fn links_in_the_staging_root_are_not_followed() {
     fs::write(outside.path().join("victim"), b"untouched").unwrap();
     let bench = Bench::new(vec![inline("/inputs/a", b"x"), inline("/inputs/d/victim", b"evil")], vec![]);
     // Whatever an earlier life of the directory may hold.
-    for (name, target) in [(".staged.json", "victim"), (".staged.json.new", "victim"), (".staging", ""), ("in", "")] {
+    for (name, target) in
+        [(".staged.json", "victim"), (".staged.json.new", "victim"), (".staging", ""), ("in", "")]
+    {
         symlink(outside.path().join(target), bench.at(name)).unwrap();
     }
     bench.stage().await.unwrap();
@@ -343,8 +361,10 @@ async fn an_archive_is_refused_until_it_can_be_unpacked() {
 #[tokio::test]
 async fn ten_thousand_small_files_arrive() {
     let bench = Bench::new(vec![artifact("/inputs/t", "uploads/t/tree/")], vec![]);
-    let names: Vec<(String, String)> = (0..10_000).map(|n| (format!("{}/{n}", n % 100), format!("file {n}"))).collect();
-    let files: Vec<(&str, &[u8])> = names.iter().map(|(path, text)| (path.as_str(), text.as_bytes())).collect();
+    let names: Vec<(String, String)> =
+        (0..10_000).map(|n| (format!("{}/{n}", n % 100), format!("file {n}"))).collect();
+    let files: Vec<(&str, &[u8])> =
+        names.iter().map(|(path, text)| (path.as_str(), text.as_bytes())).collect();
     put_tree(&bench.store, "uploads/t/tree", &files).await;
     assert_eq!(bench.stage().await.unwrap().files, 10_000);
     for (path, text) in names.iter().step_by(97) {
@@ -357,7 +377,8 @@ async fn ten_thousand_small_files_arrive() {
 async fn a_call_that_is_dropped_leaves_a_root_that_the_next_one_completes() {
     let bench = Bench::new(vec![artifact("/inputs/t", "uploads/t/tree/")], vec![]);
     let files: Vec<(String, Vec<u8>)> = (0..50).map(|n| (n.to_string(), vec![n as u8; 200_000])).collect();
-    let files: Vec<(&str, &[u8])> = files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice())).collect();
+    let files: Vec<(&str, &[u8])> =
+        files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice())).collect();
     put_tree(&bench.store, "uploads/t/tree", &files).await;
     for wait in [0, 1, 3, 7, 15] {
         let _ = tokio::time::timeout(std::time::Duration::from_millis(wait), bench.stage()).await;

@@ -17,6 +17,15 @@ pub(super) fn manifest_path(path: &OsStr) -> (String, bool) {
     }
 }
 
+/// A path for a message: quoted, and cut where it is long.
+pub(super) fn shown(path: &str) -> String {
+    const LONGEST: usize = 200;
+    if path.len() <= LONGEST {
+        return format!("{path:?}");
+    }
+    format!("{:?}…", &path[..path.floor_char_boundary(LONGEST)])
+}
+
 /// The path below `prefix` under which a file is stored: its own, with control characters, `%` and bytes that are not UTF-8
 /// as `%XX`. A path that is too long for a key becomes `~sha256-HEX`, of its bytes; so does one that begins with `~sha256-`.
 /// Two paths never share a key. `None` where the prefix alone is too long.

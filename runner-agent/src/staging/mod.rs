@@ -14,6 +14,7 @@
 mod entry_name;
 mod error;
 mod fetch;
+mod output;
 mod plan;
 mod publish;
 mod root;

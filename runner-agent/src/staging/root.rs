@@ -96,7 +96,7 @@ impl Root {
     /// Opens a regular file to read. Never blocks on a FIFO.
     ///
     /// # Errors
-    /// `InvalidInput` where it is not a regular file; `FilesystemLoop` where it is, or is reached through, a link.
+    /// `InvalidInput` where it is not a regular file; `ELOOP` where it is, or is reached through, a link.
     pub fn open_file(&self, relative: &Path) -> io::Result<File> {
         let (above, name) = self.above(relative)?;
         open_regular_at(above.as_fd(), name)

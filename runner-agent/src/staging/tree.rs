@@ -13,7 +13,8 @@ use runner_core::{
 };
 
 use super::{
-    StagingError, StagingErrorKind, StagingLimits, entry_name,
+    StagingError, StagingErrorKind, StagingLimits,
+    entry_name::{self, shown},
     error::About,
     plan::{MountPlan, is_directory},
     publish::read_manifest_at,
@@ -168,7 +169,11 @@ impl Tree<'_> {
             let twice = i > 0 && places[i - 1].0 == *relative;
             // Sorted by names, what lies below a file comes right behind it.
             if twice || last_file.is_some_and(|file| relative.starts_with(file)) {
-                let what = format!("{}: its manifest gives one place to two entries: {relative:?}", self.uri);
+                let what = format!(
+                    "{}: its manifest gives one place to two entries: {}",
+                    self.uri,
+                    shown(&relative.to_string_lossy())
+                );
                 return Err(self.about.error(StagingErrorKind::Conflict, what));
             }
             match entry.kind {
@@ -205,8 +210,8 @@ impl Tree<'_> {
     /// before it: `/outputs/report.txt` lies at `outputs/report.txt`.
     fn place(&self, entry: &ManifestEntry) -> Result<PathBuf, StagingError> {
         let bad = |why: &str| {
-            let path: String = entry.path.chars().take(200).collect();
-            let what = format!("{}: its manifest has an entry with the path {path:?}, which {why}", self.uri);
+            let path = shown(&entry.path);
+            let what = format!("{}: its manifest has an entry with the path {path}, which {why}", self.uri);
             self.about.error(StagingErrorKind::Malformed, what)
         };
         let below = entry_name::decode(entry).ok_or_else(|| bad("is not properly encoded"))?;
@@ -242,8 +247,8 @@ impl Tree<'_> {
     /// A manifest is written by the tenant, so what it names is checked: only the tenant's own objects.
     fn key(&self, entry: &ManifestEntry) -> Result<ArtifactKey, StagingError> {
         let bad = |why: &str| {
-            let path: String = entry.path.chars().take(200).collect();
-            self.about.error(StagingErrorKind::Malformed, format!("{}: the entry {path:?} {why}", self.uri))
+            let what = format!("{}: the entry {} {why}", self.uri, shown(&entry.path));
+            self.about.error(StagingErrorKind::Malformed, what)
         };
         let key = entry.key.clone().ok_or_else(|| bad("has no key"))?;
         let owner = ArtifactUri::object(key.clone()).owner();

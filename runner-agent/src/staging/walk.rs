@@ -78,7 +78,7 @@ fn walk_inner(
         path: OsString::new(),
     }];
     let mut seen = 0u64;
-    while let Some(level) = stack.last_mut() {
+    while let (stack_depth, Some(level)) = (stack.len(), stack.last_mut()) {
         let Some(entry) = level.dir.read() else {
             stack.pop();
             continue;
@@ -94,21 +94,17 @@ fn walk_inner(
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
         let path = join(&level.path, name);
         let above = level.dir.fd().map_err(|error| failed(&path, error))?;
+        // As many directories are open as the entry has names.
+        if stack_depth > caps.depth {
+            return Err(WalkError::TooDeep(path));
+        }
         let next = match look(above, name) {
             Ok(Looked::Directory(dir, mode)) => {
-                if stack.len() >= caps.depth {
-                    return Err(WalkError::TooDeep(path));
-                }
                 let dir = Dir::new(dir).map_err(|error| failed(&path, error))?;
                 stack.push(Level { dir, path: path.clone() });
                 Found::Directory { path, mode }
             }
-            Ok(Looked::File(file, mode)) => {
-                if stack.len() > caps.depth {
-                    return Err(WalkError::TooDeep(path));
-                }
-                Found::File { path, file, mode }
-            }
+            Ok(Looked::File(file, mode)) => Found::File { path, file, mode },
             Ok(Looked::Other(what)) => Found::Skipped { path, what },
             Err(error) => return Err(WalkError::Io { path, error }),
         };

@@ -13,9 +13,7 @@ use runner_core::{
     spec::{TerminalSize, User},
 };
 
-use crate::harness::{
-    AGENT, Finished, NOBODY, Running, is_root, mount, probed, run, shell, skip, spec,
-};
+use crate::harness::{AGENT, Finished, NOBODY, Running, is_root, mount, probed, run, shell, skip, spec};
 
 fn open_dir() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -70,7 +68,11 @@ fn the_program_runs_as_the_user_that_was_asked_for() {
         spec.user = user;
         let done = run(spec);
         ok(&done);
-        assert!(done.stdout().starts_with(&format!("{}\n{}\n0022\n", user.uid, user.gid)), "{}", done.stdout());
+        assert!(
+            done.stdout().starts_with(&format!("{}\n{}\n0022\n", user.uid, user.gid)),
+            "{}",
+            done.stdout()
+        );
         assert!(done.stdout().contains("CapEff:\t0000000000000000"));
     }
 }
@@ -106,7 +108,9 @@ fn inputs_can_be_read_and_not_written_and_outputs_can_be_written() {
 fn the_network_is_loopback_and_it_works() {
     needs!(network);
     needs!(mount);
-    let done = run(shell("tail -n +3 /proc/net/dev; ls /sys/class/net 2>/dev/null; cat /proc/net/route | tail -n +2"));
+    let done = run(shell(
+        "tail -n +3 /proc/net/dev; ls /sys/class/net 2>/dev/null; cat /proc/net/route | tail -n +2",
+    ));
     ok(&done);
     for line in done.stdout().lines() {
         assert!(line.trim_start().starts_with("lo"), "{}", done.stdout());
@@ -150,7 +154,9 @@ fn the_first_process_cannot_be_looked_into_or_killed_by_the_program() {
 #[test]
 fn hidden_directories_are_empty_and_so_is_the_attempts_own() {
     needs!(mount);
-    let mut spec = shell("ls -A /usr/share; ls -A \"$OWN\" 2>/dev/null; ls -A /tmp /run /var/tmp /dev/shm | grep -v :; exit 0");
+    let mut spec = shell(
+        "ls -A /usr/share; ls -A \"$OWN\" 2>/dev/null; ls -A /tmp /run /var/tmp /dev/shm | grep -v :; exit 0",
+    );
     spec.root = Root::Host { hidden: vec!["/usr/share".into(), "/no/such/directory".into()] };
     // Not below /tmp, which is fresh anyway.
     let own = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -170,7 +176,7 @@ fn a_read_only_root_takes_nothing_but_tmp_and_the_mounts() {
     let mut spec = shell(
         "for place in /new /etc/new /usr/new /home/new /var/new /sys/new /proc/sys/kernel/hostname; do \
          if (echo x > $place) 2>/dev/null; then echo wrote $place; exit 9; fi; done; \
-         for place in /tmp/a /var/tmp/a /dev/shm/a /outputs/a /work-here/a; do echo x > $place || exit 8; done",
+         for place in /tmp /var/tmp /dev/shm /outputs /work-here; do echo x > $place/$(id -u) || exit 8; done",
     );
     spec.read_only_root = true;
     let scratch = open_dir();
@@ -181,7 +187,7 @@ fn a_read_only_root_takes_nothing_but_tmp_and_the_mounts() {
         ok(&run(as_root));
     }
     ok(&run(spec));
-    assert!(outputs.path().join("a").exists());
+    assert!(outputs.path().join(crate::harness::user().uid.to_string()).exists());
 }
 
 #[test]
@@ -223,7 +229,9 @@ fn an_image_is_the_root_and_is_never_written_to() {
         return skip("the machine's /bin is not in /usr, so it cannot be lent to an image");
     }
     let image = image();
-    let mut read_only = shell("cat /etc/name; ls -d /home /var 2>/dev/null; if (echo x > /etc/new) 2>/dev/null; then exit 9; fi; exit 0");
+    let mut read_only = shell(
+        "cat /etc/name; ls -d /home /var 2>/dev/null; if (echo x > /etc/new) 2>/dev/null; then exit 9; fi; exit 0",
+    );
     read_only.root = Root::Directory { lower: image.path().to_owned(), upper: None };
     read_only.read_only_root = true;
     read_only.mounts = vec![mount(Path::new("/usr"), "/usr", true)];
@@ -242,7 +250,8 @@ fn an_image_is_the_root_and_is_never_written_to() {
         }
     }
     let mut writable = shell("cat /etc/name; echo x > /new && rm /new && mkdir /made && echo y > /made/file");
-    writable.root = Root::Directory { lower: image.path().to_owned(), upper: Some(changes.path().join("upper")) };
+    writable.root =
+        Root::Directory { lower: image.path().to_owned(), upper: Some(changes.path().join("upper")) };
     writable.mounts = read_only.mounts;
     let done = run(writable);
     ok(&done);

@@ -24,7 +24,10 @@ fn exit_codes_are_verbatim_137_included() {
 fn a_signal_from_elsewhere_is_the_programs_own_end() {
     for signal in [6, 9, 15] {
         let done = run(shell(&format!("kill -{signal} $$")));
-        assert_eq!((done.exit.reason, done.exit.status), (ExitReason::Exited, Some(ExitStatus::Signal(signal))));
+        assert_eq!(
+            (done.exit.reason, done.exit.status),
+            (ExitReason::Exited, Some(ExitStatus::Signal(signal)))
+        );
     }
 }
 
@@ -163,8 +166,7 @@ fn a_second_shim_is_refused_while_the_first_lives_and_after() {
 fn many_shims_at_once_for_one_directory_make_one_workload() {
     let dir = tempfile::tempdir().unwrap();
     client::write_spec(dir.path(), &shell("echo once; sleep 0.2")).unwrap();
-    let children: Vec<_> =
-        (0..6).map(|_| client::spawn(Path::new(AGENT), dir.path()).unwrap()).collect();
+    let children: Vec<_> = (0..6).map(|_| client::spawn(Path::new(AGENT), dir.path()).unwrap()).collect();
     let codes: Vec<_> = children.into_iter().map(|mut child| child.wait().unwrap().code().unwrap()).collect();
     assert_eq!(codes.iter().filter(|&&code| code == 0).count(), 1, "{codes:?}");
     assert_eq!(codes.iter().filter(|&&code| code == 3).count(), 5, "{codes:?}");

@@ -15,7 +15,7 @@ use std::{
 
 use runner_agent::exec::{
     client::{self, SpoolReader},
-    protocol::{CgroupPlan, ExecSpec, ExitRecord, Mount, Namespaces, ProbeReport, Root},
+    protocol::{CgroupPlan, ExecSpec, ExitRecord, Mount, ProbeReport, Root},
 };
 use runner_core::{
     clock::{Clock as _, IdGen as _, SystemClock, SystemIds},

@@ -38,7 +38,10 @@ fn standard_input_is_empty_unless_it_is_asked_for() {
     running.wait_for_start();
     assert!(matches!(ask(&running, &input(b"x")), ControlReply::Refused(_)));
     assert!(matches!(ask(&running, &ControlRequest::Eof), ControlReply::Refused(_)));
-    assert!(matches!(ask(&running, &ControlRequest::Resize(TerminalSize::default())), ControlReply::Refused(_)));
+    assert!(matches!(
+        ask(&running, &ControlRequest::Resize(TerminalSize::default())),
+        ControlReply::Refused(_)
+    ));
     running.finish();
 }
 
@@ -50,7 +53,8 @@ fn standard_input_arrives_exactly_and_ends_when_it_is_told_to() {
     running.wait_for_start();
     let mut sent = Vec::new();
     for round in 0..40_u8 {
-        let chunk: Vec<u8> = (0..client::MAX_STDIN_BYTES).map(|at| (at as u8).wrapping_mul(7) ^ round).collect();
+        let chunk: Vec<u8> =
+            (0..client::MAX_STDIN_BYTES).map(|at| (at as u8).wrapping_mul(7) ^ round).collect();
         assert_eq!(ask(&running, &input(&chunk)), ControlReply::Ok);
         sent.extend(chunk);
     }
@@ -91,24 +95,32 @@ fn input_for_a_program_that_closed_it_is_refused() {
 
 #[test]
 fn a_terminal_has_its_size_and_is_the_controlling_one() {
-    let running = terminal("stty size; tty; tty < /dev/tty; ls -l $(tty) | cut -c1-10; [ -t 1 ] && [ -t 2 ] && exit 4", true);
+    let running = terminal(
+        "stty size; tty; tty < /dev/tty; ls -l $(tty) | cut -c1-10; [ -t 1 ] && [ -t 2 ] && exit 4",
+        true,
+    );
     let done = running.finish();
     let text = String::from_utf8(done.bytes(LogStream::Terminal)).unwrap();
-    assert!(text.starts_with("31 97\r\n/dev/pts/0\r\n/dev/tty\r\n") || text.starts_with("31 97\r\n/dev/pts/"), "{text:?}");
+    assert!(
+        text.starts_with("31 97\r\n/dev/pts/0\r\n/dev/tty\r\n") || text.starts_with("31 97\r\n/dev/pts/"),
+        "{text:?}"
+    );
     assert_eq!(done.exit.status, Some(ExitStatus::Code(4)), "{text:?} {}", done.evidence());
     assert!(done.bytes(LogStream::Stdout).is_empty() && done.bytes(LogStream::Stderr).is_empty());
 }
 
 #[test]
 fn a_terminal_echoes_resizes_and_ends_its_input() {
-    let running = terminal("trap 'stty size' WINCH; echo ready; while read line; do echo got $line; done; echo end", true);
+    let running = terminal("echo ready; while read line; do echo got $line; stty size; done; echo end", true);
     running.wait_for_output("ready");
     assert_eq!(ask(&running, &input(b"hello\n")), ControlReply::Ok);
-    running.wait_for_output("got hello");
-    assert_eq!(ask(&running, &ControlRequest::Resize(TerminalSize { columns: 50, rows: 20 })), ControlReply::Ok);
+    running.wait_for_output("got hello\r\n31 97");
+    assert_eq!(
+        ask(&running, &ControlRequest::Resize(TerminalSize { columns: 50, rows: 20 })),
+        ControlReply::Ok
+    );
     assert_eq!(ask(&running, &input(b"again\n")), ControlReply::Ok);
-    running.wait_for_output("20 50");
-    running.wait_for_output("got again");
+    running.wait_for_output("got again\r\n20 50");
     assert_eq!(ask(&running, &ControlRequest::Eof), ControlReply::Ok);
     let done = running.finish();
     let text = String::from_utf8(done.bytes(LogStream::Terminal)).unwrap();

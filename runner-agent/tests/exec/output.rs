@@ -105,18 +105,21 @@ fn a_full_disk_loses_bytes_but_neither_the_program_nor_the_truth() {
         return skip("not root: no file system to fill");
     }
     let dir = tempfile::tempdir().unwrap();
-    rustix::mount::mount("none", dir.path(), "tmpfs", rustix::mount::MountFlags::empty(), c"size=1m").unwrap();
+    rustix::mount::mount("none", dir.path(), "tmpfs", rustix::mount::MountFlags::empty(), c"size=1m")
+        .unwrap();
     let result = std::panic::catch_unwind(|| {
         let spec = shell("head -c 3000000 /dev/zero; exit 9");
         client::write_spec(dir.path(), &spec).unwrap();
         let mut child = client::spawn(std::path::Path::new(crate::harness::AGENT), dir.path()).unwrap();
         crate::harness::wait_for("the end of the shim", || child.try_wait().unwrap().is_some());
-        // The exit record itself may not have found room; then the shim is dead without one, which is no lie either.
-        if let Some(exit) = client::exit(dir.path()).unwrap() {
-            assert_eq!(exit.status, Some(ExitStatus::Code(9)));
-            assert_eq!(exit.usage.log_bytes, 3_000_000);
-            assert!(format!("{:?}", exit.evidence).contains("dropped"), "{:?}", exit.evidence);
-        }
+        let exit = client::exit(dir.path()).unwrap().unwrap();
+        assert_eq!(exit.status, Some(ExitStatus::Code(9)));
+        assert_eq!(exit.usage.log_bytes, 3_000_000);
+        assert!(format!("{:?}", exit.evidence).contains("dropped"), "{:?}", exit.evidence);
+        // Room was kept for the frame that says so.
+        let frames = crate::harness::frames(dir.path());
+        assert_eq!(frames.last().unwrap().end(), 3_000_000);
+        assert!(matches!(frames.last().unwrap().body, FrameBody::Truncated { .. }));
         assert!(crate::harness::survivors(&spec).is_empty());
     });
     rustix::mount::unmount(dir.path(), rustix::mount::UnmountFlags::DETACH).unwrap();

@@ -1,5 +1,9 @@
 //! What the staging tests have in common.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "a module of several test binaries, each of which uses its own part"
+)]
 
 use std::{
     collections::BTreeMap,
@@ -77,7 +81,11 @@ impl Bench {
         self.publish_to(&self.store, partial).await
     }
 
-    pub async fn publish_to(&self, store: &dyn ArtifactStore, partial: bool) -> Result<Published, StagingError> {
+    pub async fn publish_to(
+        &self,
+        store: &dyn ArtifactStore,
+        partial: bool,
+    ) -> Result<Published, StagingError> {
         let plan = self.plan();
         publish_outputs(OutputPublishing {
             spec: &self.spec,

@@ -1,0 +1,431 @@
+//! One output, while it is published.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
+    fs::File,
+    io::{self, Read as _},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures::{StreamExt as _, stream};
+use runner_core::{
+    artifact::{ArtifactError, ArtifactErrorKind, ArtifactKey, ByteStream, EntryKind, ManifestEntry},
+    backend::{Direction, Progress, ProgressSink},
+    crash,
+    spec::Output,
+};
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+use super::{
+    OutputPublishing, Root, StagingError, StagingErrorKind,
+    entry_name::{self, shown},
+    error::About,
+    fetch::blocking,
+    publish::join,
+    walk::{Caps, Found, Kind, WalkError, kind, walk},
+};
+
+/// Counts what was stored, and tells.
+pub(super) struct Counter<'a> {
+    sink: &'a dyn ProgressSink,
+    bytes: AtomicU64,
+    files: AtomicU64,
+}
+
+impl<'a> Counter<'a> {
+    pub(super) fn new(sink: &'a dyn ProgressSink) -> Self {
+        Self { sink, bytes: AtomicU64::new(0), files: AtomicU64::new(0) }
+    }
+
+    fn tell(&self) {
+        self.sink.progress(Progress {
+            direction: Direction::Output,
+            bytes_done: self.bytes.load(Ordering::Relaxed),
+            bytes_total: 0,
+            files_done: self.files.load(Ordering::Relaxed),
+            files_total: 0,
+        });
+    }
+}
+
+/// One output, while it is published.
+pub(super) struct OneOutput<'a> {
+    job: &'a OutputPublishing<'a>,
+    index: usize,
+    output: &'a Output,
+    about: About,
+    /// What its files' keys begin with.
+    prefix: ArtifactKey,
+    counter: &'a Counter<'a>,
+    max_bytes: u64,
+    max_entries: u64,
+    /// Bytes read so far, of all its files.
+    used: Arc<AtomicU64>,
+    pub(super) entries: Vec<ManifestEntry>,
+    /// What was skipped → how many, and the first one's path.
+    skipped: BTreeMap<&'static str, (u64, String)>,
+}
+
+impl<'a> OneOutput<'a> {
+    pub(super) fn new(
+        job: &'a OutputPublishing<'a>,
+        index: usize,
+        output: &'a Output,
+        counter: &'a Counter<'a>,
+        max_entries: u64,
+    ) -> Result<Self, StagingError> {
+        let about = About::output(index);
+        let prefix = match &output.destination {
+            Some(uri) => uri.key().clone(),
+            None => join(job.attempt_prefix, &format!("outputs/{index}"), &about)?,
+        };
+        Ok(Self {
+            job,
+            index,
+            output,
+            about,
+            prefix,
+            counter,
+            max_bytes: output.max_bytes.unwrap_or(job.limits.output_bytes),
+            max_entries,
+            used: Arc::default(),
+            entries: Vec::new(),
+            skipped: BTreeMap::new(),
+        })
+    }
+
+    pub(super) async fn publish(&mut self) -> Result<(), StagingError> {
+        let place = &self.job.plan.outputs[self.index];
+        let (root, mount) = (self.job.root.clone(), self.job.plan.mounts[place.mount].host.clone());
+        let (relative, about) = (place.relative.clone(), self.about.clone());
+        let context = format!("open {}", self.output.path);
+        let opened = blocking(&about, context, move || open(&root, &mount, &relative)).await?;
+        match opened {
+            Opened::Nothing if self.output.required && !self.job.partial => {
+                let what = format!("the program did not write {}, which is required", self.output.path);
+                Err(self.about.error(StagingErrorKind::Absent, what))
+            }
+            Opened::Nothing => Ok(()),
+            Opened::Other(what) => {
+                let what = format!(
+                    "{} is among the {what}; only files and directories are stored",
+                    self.output.path
+                );
+                Err(self.about.error(StagingErrorKind::NotAFile, what))
+            }
+            Opened::Forbidden(error) => {
+                let what = format!("open {}: its permissions forbid it", self.output.path);
+                Err(StagingError {
+                    source: Some(error.into()),
+                    ..self.about.error(StagingErrorKind::Unreadable, what)
+                })
+            }
+            Opened::File(file, mode) => {
+                let name = self.output.path.rsplit('/').next().unwrap_or_default();
+                let entry = self.store(OsString::from(name), file, mode).await?;
+                // The one file of an output needs no path below it.
+                self.entries.push(ManifestEntry { path: String::new(), ..entry });
+                Ok(())
+            }
+            Opened::Directory(dir, mode) => {
+                self.entries.push(self.directory_entry(OsStr::new(""), mode));
+                self.publish_directory(dir).await
+            }
+        }
+    }
+
+    async fn publish_directory(&mut self, dir: OwnedFd) -> Result<(), StagingError> {
+        let caps = Caps { depth: self.job.limits.depth, entries: self.max_entries };
+        // Each file in the channel is open.
+        let parallel = self.job.limits.parallel.max(1);
+        let (sender, receiver) = mpsc::channel(parallel);
+        let walker = tokio::task::spawn_blocking(move || walk(dir, caps, &sender));
+        let mut entries = Vec::new();
+        let mut skipped = std::mem::take(&mut self.skipped);
+        let this = &*self;
+        let found =
+            stream::unfold(receiver, |mut receiver| async move { Some((receiver.recv().await?, receiver)) });
+        let mut stored = found
+            .map(|found| async move {
+                match found {
+                    Ok(Found::File { path, file, mode }) => {
+                        this.store(path, file, mode).await.map(Stored::Entry)
+                    }
+                    Ok(Found::Directory { path, mode }) => {
+                        Ok(Stored::Entry(this.directory_entry(&path, mode)))
+                    }
+                    Ok(Found::Skipped { path, what }) => Ok(Stored::Skipped(path, what)),
+                    Err(error) => Err(this.walk_error(error)),
+                }
+            })
+            .buffer_unordered(parallel)
+            .boxed();
+        let mut result = Ok(());
+        while let Some(next) = stored.next().await {
+            match next {
+                Ok(Stored::Entry(entry)) => entries.push(entry),
+                Ok(Stored::Skipped(path, what)) => {
+                    let first = || (0, entry_name::manifest_path(&path).0);
+                    skipped.entry(what).or_insert_with(first).0 += 1;
+                }
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        // Dropping the receiver ends the walker.
+        drop(stored);
+        self.entries.append(&mut entries);
+        self.skipped = skipped;
+        match walker.await {
+            Ok(()) => result,
+            Err(stopped) => result.and(Err(StagingError {
+                source: Some(stopped.into()),
+                ..self
+                    .about
+                    .error(StagingErrorKind::Local, "the runtime stopped while a directory was walked")
+            })),
+        }
+    }
+
+    fn directory_entry(&self, path: &OsStr, mode: u32) -> ManifestEntry {
+        let (path, path_encoded) = entry_name::manifest_path(path);
+        ManifestEntry {
+            output: self.output.path.clone(),
+            path,
+            path_encoded,
+            kind: EntryKind::Directory,
+            size: 0,
+            sha256: String::new(),
+            mode,
+            key: None,
+        }
+    }
+
+    async fn store(&self, path: OsString, file: File, mode: u32) -> Result<ManifestEntry, StagingError> {
+        let (text, path_encoded) = entry_name::manifest_path(&path);
+        let key = entry_name::key(&self.prefix, &path).ok_or_else(|| {
+            self.about.error(
+                StagingErrorKind::LimitExceeded,
+                format!("no key is short enough for {}", shown(&text)),
+            )
+        })?;
+        let reader = Arc::new(Mutex::new(Reader {
+            file,
+            hasher: Sha256::new(),
+            size: 0,
+            used: Arc::clone(&self.used),
+            max_bytes: self.max_bytes,
+            failed: None,
+            about: self.about.clone(),
+            path: text.clone(),
+        }));
+        let first = read_chunk(&reader, true).await;
+        let result = match first {
+            Err(error) => Err(error),
+            Ok(first) if first.len() < CHUNK => self.job.artifacts.put_bytes(&key, first).await,
+            Ok(first) => {
+                let rest = stream::try_unfold(Arc::clone(&reader), |reader| async move {
+                    let chunk = read_chunk(&reader, false).await?;
+                    Ok((!chunk.is_empty()).then_some((chunk, reader)))
+                });
+                let bytes: ByteStream = stream::iter([Ok(first)]).chain(rest).boxed();
+                self.job.artifacts.put(&key, bytes).await.map(drop)
+            }
+        };
+        let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+        // Why the stream failed is told better by who read the file than by who was to store it.
+        if let Some(failed) = reader.failed.take() {
+            return Err(failed);
+        }
+        result.map_err(|error| self.about.store(format!("store {key}"), error))?;
+        crash::point("outputs.file-stored");
+        self.counter.bytes.fetch_add(reader.size, Ordering::Relaxed);
+        self.counter.files.fetch_add(1, Ordering::Relaxed);
+        self.counter.tell();
+        Ok(ManifestEntry {
+            output: self.output.path.clone(),
+            path: text,
+            path_encoded,
+            kind: EntryKind::File,
+            size: reader.size,
+            sha256: hex::encode(std::mem::take(&mut reader.hasher).finalize()),
+            mode,
+            key: Some(key),
+        })
+    }
+
+    fn walk_error(&self, error: WalkError) -> StagingError {
+        let limits = self.job.limits;
+        match error {
+            WalkError::TooDeep(path) => {
+                let path = shown(&entry_name::manifest_path(&path).0);
+                let what = format!("{path} is deeper than {} names", limits.depth);
+                self.about.error(StagingErrorKind::LimitExceeded, what)
+            }
+            WalkError::TooMany => {
+                let what =
+                    format!("the outputs have more than {} files and directories", limits.output_entries);
+                self.about.error(StagingErrorKind::LimitExceeded, what)
+            }
+            WalkError::Io { path, error } => {
+                let path = shown(&entry_name::manifest_path(&path).0);
+                let context = format!("read {path} in {}", self.output.path);
+                if error.kind() == io::ErrorKind::PermissionDenied {
+                    let refused = self.about.error(StagingErrorKind::Unreadable, context);
+                    StagingError { source: Some(error.into()), ..refused }
+                } else {
+                    self.about.local(context, error)
+                }
+            }
+        }
+    }
+
+    pub(super) fn take_notes(&mut self) -> Vec<String> {
+        let output = &self.output.path;
+        std::mem::take(&mut self.skipped)
+            .into_iter()
+            .map(|(what, (count, first))| {
+                format!("{output}: {count} {what} were not stored, the first is {}", shown(&first))
+            })
+            .collect()
+    }
+
+    /// Removes what was stored of an output that is left out. Best effort: no manifest names it, and deleting the run
+    /// deletes it too.
+    pub(super) async fn discard(&mut self) {
+        let job = self.job;
+        stream::iter(std::mem::take(&mut self.entries).into_iter().filter_map(|entry| entry.key))
+            .for_each_concurrent(job.limits.parallel.max(1), |key| async move {
+                if let Err(error) = job.artifacts.delete(&key).await {
+                    tracing::debug!(%key, error = %error, "an output that is left out could not be deleted");
+                }
+            })
+            .await;
+    }
+}
+
+enum Stored {
+    Entry(ManifestEntry),
+    Skipped(OsString, &'static str),
+}
+
+enum Opened {
+    Nothing,
+    File(File, u32),
+    Directory(OwnedFd, u32),
+    Other(&'static str),
+    Forbidden(io::Error),
+}
+
+/// Opens an output, without following any link on the way. Tells what is the output's own fault from what is not.
+fn open(root: &Root, mount: &str, relative: &str) -> io::Result<Opened> {
+    let mount = root.directory(Path::new(mount))?;
+    open_below(&mount, relative).or_else(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => Ok(Opened::Forbidden(error)),
+        io::ErrorKind::NotADirectory | io::ErrorKind::NotFound => Ok(Opened::Nothing),
+        _ if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
+            Ok(Opened::Other("places that are reached through symbolic links"))
+        }
+        _ => Err(error),
+    })
+}
+
+fn open_below(mount: &Root, relative: &str) -> io::Result<Opened> {
+    let mode = |fd: BorrowedFd<'_>| Ok::<_, io::Error>(rustix::fs::fstat(fd)?.st_mode & 0o777);
+    if relative.is_empty() {
+        let dir = mount.as_fd().try_clone_to_owned()?;
+        let mode = mode(dir.as_fd())?;
+        return Ok(Opened::Directory(dir, mode));
+    }
+    let relative = Path::new(relative);
+    let Some(found) = mount.file_type(relative)? else { return Ok(Opened::Nothing) };
+    Ok(match kind(found) {
+        Kind::File => {
+            let file = mount.open_file(relative)?;
+            let mode = mode(file.as_fd())?;
+            Opened::File(file, mode)
+        }
+        Kind::Directory => {
+            let dir = mount.directory(relative)?.as_fd().try_clone_to_owned()?;
+            let mode = mode(dir.as_fd())?;
+            Opened::Directory(dir, mode)
+        }
+        Kind::Other(what) => Opened::Other(what),
+    })
+}
+
+/// Read at once. A file that is smaller is stored without a stream.
+const CHUNK: usize = 1024 * 1024;
+
+/// A file while it is read and hashed.
+struct Reader {
+    file: File,
+    hasher: Sha256,
+    size: u64,
+    /// Bytes read so far of the whole output.
+    used: Arc<AtomicU64>,
+    max_bytes: u64,
+    failed: Option<StagingError>,
+    about: About,
+    path: String,
+}
+
+/// The next chunk; a short one means the end. On failure, the reader knows why.
+async fn read_chunk(reader: &Arc<Mutex<Reader>>, first: bool) -> Result<Bytes, ArtifactError> {
+    let reader = Arc::clone(reader);
+    let work = move || reader.lock().unwrap_or_else(PoisonError::into_inner).read(first);
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(stopped) => Err(ArtifactError::with_source(ArtifactErrorKind::Other, "read an output", stopped)),
+    }
+}
+
+impl Reader {
+    fn read(&mut self, first: bool) -> Result<Bytes, ArtifactError> {
+        self.try_read(first).map_err(|error| {
+            let told = ArtifactError::new(ArtifactErrorKind::Other, error.to_string());
+            self.failed = Some(error);
+            told
+        })
+    }
+
+    fn try_read(&mut self, first: bool) -> Result<Bytes, StagingError> {
+        let failed = |about: &About, path: &str, error| about.local(format!("read {}", shown(path)), error);
+        if first {
+            // A file that is too large by its own word is refused before it is read; a sparse one may claim terabytes.
+            let length = self.file.metadata().map_err(|error| failed(&self.about, &self.path, error))?.len();
+            self.check(self.used.load(Ordering::Relaxed).saturating_add(length))?;
+        }
+        let mut chunk = Vec::new();
+        self.file
+            .by_ref()
+            .take(CHUNK as u64)
+            .read_to_end(&mut chunk)
+            .map_err(|error| failed(&self.about, &self.path, error))?;
+        let length = chunk.len() as u64;
+        self.check(self.used.fetch_add(length, Ordering::Relaxed).saturating_add(length))?;
+        self.size += length;
+        self.hasher.update(&chunk);
+        Ok(chunk.into())
+    }
+
+    fn check(&self, used: u64) -> Result<(), StagingError> {
+        if used > self.max_bytes {
+            let what =
+                format!("the output has more than {} bytes, with {}", self.max_bytes, shown(&self.path));
+            return Err(self.about.error(StagingErrorKind::LimitExceeded, what));
+        }
+        Ok(())
+    }
+}
