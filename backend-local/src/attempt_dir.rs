@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `owner` | the ownership mark: the service's instance |
 //! | `in/N`, `out/N` | host side of the mount plan's mounts |
-//! | `tmp`, `home` | what the program sees as `/tmp` and its `HOME` |
+//! | `tmp`, `home`, `home/runner` | what the program sees as `/tmp`, `/home` and its `HOME` |
 //! | `root/upper`, `root/work` | what the program changes of its image |
 //! | `staged.json` | what staging the inputs came to; where it is absent, staging begins anew |
 //! | `stopped` | the attempt was stopped before it had a shim: it never gets one |
@@ -15,7 +15,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -72,8 +72,13 @@ impl AttemptDir {
         self.path.join("tmp")
     }
 
-    pub(crate) fn home(&self) -> PathBuf {
+    /// What is above the program's home directory. Not the program's to write to.
+    pub(crate) fn homes(&self) -> PathBuf {
         self.path.join("home")
+    }
+
+    pub(crate) fn home(&self) -> PathBuf {
+        self.path.join("home/runner")
     }
 
     pub(crate) fn upper(&self) -> PathBuf {
@@ -113,7 +118,8 @@ impl AttemptDir {
         }
         fs::write(new.join(OWNER), instance)?;
         private_dir(&new.join(name::LOG))?;
-        for scratch in ["tmp", "home"] {
+        open_dir(&new.join("home"))?;
+        for scratch in ["tmp", "home/runner"] {
             let path = new.join(scratch);
             private_dir(&path)?;
             give(&path, owner)?;
@@ -121,9 +127,8 @@ impl AttemptDir {
         if image {
             private_dir(&new.join("root"))?;
             private_dir(&new.join("root/work"))?;
-            let upper = new.join("root/upper");
             // The upper directory's own mode becomes that of `/`.
-            fs::DirBuilder::new().mode(0o755).create(&upper)?;
+            open_dir(&new.join("root/upper"))?;
         }
         fs::rename(&new, &self.path)
     }
@@ -174,6 +179,13 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
 
 fn private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o700).create(path)
+}
+
+/// A directory that the program, who is somebody else, passes through.
+fn open_dir(path: &Path) -> io::Result<()> {
+    // Whatever the umask is: the mode of a new directory passes through it.
+    private_dir(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
 }
 
 /// Gives a directory that we made to the program's user.

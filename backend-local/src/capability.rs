@@ -32,9 +32,14 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Asks the agent and tries control groups.
-    pub(crate) async fn detect(config: &LocalConfig, agent: &Path, tag: String) -> Result<Self, OpenError> {
-        let probe = probe(agent.to_owned()).await?;
+    /// Asks the agent and tries control groups. Whether there are overlays is tried in `base`, where they will be.
+    pub(crate) async fn detect(
+        config: &LocalConfig,
+        agent: &Path,
+        base: &Path,
+        tag: String,
+    ) -> Result<Self, OpenError> {
+        let probe = probe(agent, base).await?;
         let parent = config.cgroup_parent.clone();
         let cgroups = tokio::task::spawn_blocking(move || Cgroups::detect(parent.as_deref(), &tag))
             .await
@@ -137,12 +142,13 @@ pub(crate) fn find_agent(config: &LocalConfig) -> Result<PathBuf, OpenError> {
     }
 }
 
-async fn probe(agent: PathBuf) -> Result<ProbeReport, OpenError> {
+async fn probe(agent: &Path, base: &Path) -> Result<ProbeReport, OpenError> {
     let path = agent.display().to_string();
     let fail =
         |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Agent { path: path.clone(), source };
-    let mut child = Command::new(&agent)
+    let mut child = Command::new(agent)
         .arg("probe")
+        .arg(base)
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::null())

@@ -339,7 +339,7 @@ mod tests {
         };
         let plan = groups.plan(attempt(), &resources).unwrap();
         let group = Path::new("/u").join(format!("runner-{}", attempt()));
-        assert_eq!(plan.directories, [group.clone()]);
+        assert_eq!(plan.directories, std::slice::from_ref(&group));
         assert_eq!(plan.settings[2], (group.join("cpu.max"), "150000 100000".to_owned()));
     }
 

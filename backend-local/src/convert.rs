@@ -22,6 +22,7 @@ use crate::{
 
 /// What the program sees as its home directory.
 pub(crate) const HOME: &str = "/home/runner";
+const HOMES: &str = "/home";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The embedded defaults, for a spec that did not pass admission.
@@ -103,9 +104,9 @@ pub(crate) fn exec_spec(with: &Conversion<'_>) -> Result<ExecSpec, BackendError>
         argv: spec.command.iter().chain(&spec.args).cloned().collect(),
         env: environment(attempt, spec),
         working_dir: spec.working_dir.clone().unwrap_or_else(|| "/".to_owned()),
-        root,
         read_only_root,
-        mounts: mounts(dir, with.plan),
+        mounts: mounts(dir, with.plan, &root),
+        root,
         user: user(spec, config),
         namespaces,
         cgroup: groups.plan(attempt, resources),
@@ -121,8 +122,14 @@ pub(crate) fn exec_spec(with: &Conversion<'_>) -> Result<ExecSpec, BackendError>
 }
 
 /// The backend's own mounts, then the plan's, which may lie in them.
-fn mounts(dir: &AttemptDir, plan: &MountPlan) -> Vec<Mount> {
-    let own = [("/tmp", dir.tmp()), (HOME, dir.home())].map(|(target, source)| Mount {
+fn mounts(dir: &AttemptDir, plan: &MountPlan, root: &Root) -> Vec<Mount> {
+    let home = match root {
+        // An image that can be written to has room for one more home directory beside its own.
+        Root::Directory { upper: Some(_), .. } => (HOME, dir.home()),
+        // Nothing can be added to a `/home` that is not ours. The machine's own is no program's business anyway.
+        Root::Host { .. } | Root::Directory { upper: None, .. } => (HOMES, dir.homes()),
+    };
+    let own = [("/tmp", dir.tmp()), home].map(|(target, source)| Mount {
         source,
         target: target.to_owned(),
         read_only: false,

@@ -77,7 +77,7 @@ fn the_least_spec_becomes_a_confined_program_of_the_host() {
         "read_only_root": true,
         "mounts": [
             mount("tmp", "/tmp", false),
-            mount("home", "/home/runner", false),
+            mount("home", "/home", false),
             mount("in/0", "/inputs", true),
             mount("out/0", "/outputs", false),
         ],
@@ -144,6 +144,7 @@ fn every_field_of_a_full_spec_is_passed_on() {
     assert_eq!((got.timeout, got.stop_grace), (Duration::from_secs(9), Duration::from_millis(1500)));
     assert_eq!((got.terminal, got.stdin), (full.terminal, true));
     assert!(got.mounts.iter().any(|mount| mount.target == "/work/out" && !mount.read_only));
+    assert!(got.mounts.iter().any(|mount| mount.target == "/home/runner"), "the image keeps its own homes");
 }
 
 #[test]

@@ -191,7 +191,7 @@ mod tests {
         std_fs::write(tree.join(".deep-1"), "x").unwrap();
         rustix::fs::mknodat(CWD, tree.join("fifo"), FileType::Fifo, Mode::empty(), 0).unwrap();
         for dir in [&closed, &tree.join("closed"), &tree] {
-            std_fs::set_permissions(dir, std_fs::Permissions::from_mode(0)).unwrap();
+            std_fs::set_permissions(dir, std_fs::Permissions::from_mode(0o000)).unwrap();
         }
         remove_tree(&tree).unwrap();
         assert!(!tree.exists());
