@@ -109,6 +109,16 @@ impl ClientError {
         self
     }
 
+    pub(crate) fn with_reason(mut self, reason: String) -> Self {
+        self.inner.reason = Some(reason).filter(|reason| !reason.is_empty());
+        self
+    }
+
+    pub(crate) fn with_retry_after(mut self, wait: Option<Duration>) -> Self {
+        self.inner.retry_after = wait;
+        self
+    }
+
     pub(crate) fn io(doing: impl Into<String>, source: std::io::Error) -> Self {
         Self::new(ErrorKind::Io, doing, source.to_string()).with_source(source)
     }

@@ -175,18 +175,32 @@ pub(crate) fn broken(doing: &str, error: impl std::error::Error + Send + Sync + 
 /// The error that an answer stands for.
 async fn refused(doing: &str, response: Response<hyper::body::Incoming>) -> ClientError {
     let status = response.status();
-    let kind = match status {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => ErrorKind::PermissionDenied,
-        StatusCode::NOT_FOUND | StatusCode::GONE => ErrorKind::NotFound,
-        StatusCode::CONFLICT | StatusCode::PRECONDITION_FAILED => ErrorKind::AlreadyExists,
-        StatusCode::UNPROCESSABLE_ENTITY => ErrorKind::Integrity,
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => ErrorKind::Unavailable,
-        StatusCode::INSUFFICIENT_STORAGE => ErrorKind::Exhausted,
-        status if status.is_server_error() => ErrorKind::Unavailable,
+    let retry_after = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+    let retry_after = retry_after.and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
+    let text = quote(response.into_body()).await;
+    let (reason, message) = stated(&text).unwrap_or_default();
+    let kind = match (status, reason.as_str()) {
+        (_, "DIGEST_MISMATCH" | "SIZE_MISMATCH") => ErrorKind::Integrity,
+        // The service asks to come again, for example because the try before is still being written.
+        _ if retry_after.is_some() => ErrorKind::Unavailable,
+        (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => ErrorKind::PermissionDenied,
+        (StatusCode::NOT_FOUND | StatusCode::GONE, _) => ErrorKind::NotFound,
+        (StatusCode::CONFLICT | StatusCode::PRECONDITION_FAILED, _) => ErrorKind::AlreadyExists,
+        (StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT, _) => ErrorKind::Unavailable,
+        (StatusCode::INSUFFICIENT_STORAGE, _) => ErrorKind::Exhausted,
+        (status, _) if status.is_server_error() => ErrorKind::Unavailable,
         _ => ErrorKind::Invalid,
     };
-    let quote = quote(response.into_body()).await;
-    ClientError::new(kind, doing, format!("{status}{}{quote}", if quote.is_empty() { "" } else { ": " }))
+    let message = if message.is_empty() { text } else { message };
+    let message = if message.is_empty() { status.to_string() } else { format!("{status}: {message}") };
+    ClientError::new(kind, doing, message).with_reason(reason).with_retry_after(retry_after)
+}
+
+/// The reason and message of a blob endpoint's error document.
+fn stated(text: &str) -> Option<(String, String)> {
+    let document: serde_json::Value = serde_json::from_str(text).ok()?;
+    let field = |name: &str| document["error"][name].as_str().unwrap_or_default().to_owned();
+    Some((field("reason"), field("message")))
 }
 
 /// The beginning of an answer's text, for a person. Never more than a bounded part of it is read.

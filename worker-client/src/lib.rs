@@ -62,3 +62,8 @@ pub use stream::{Event, EventStream, StreamEvent, StreamOptions};
 pub use transfer::{ProgressFn, TransferOptions, TransferProgress};
 pub use upload::{UploadedFile, UploadedTree};
 pub use walk::Irregular;
+
+/// The example of the user documentation, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/clients.md")]
+struct UserDocumentation;

@@ -179,9 +179,8 @@ impl Client {
         let doing = format!("upload {}", local.display());
         let (size, sha256) = hash(file, local).await?;
         let mut tries = Tries::new(self.retry_policy());
-        let mut repeated = false;
         loop {
-            // A URL stores once: each try has its own.
+            // Each try has a URL of its own: the one before may have run out. The same bytes again are no conflict.
             let created = self.create_upload(target, size, &sha256).await?;
             let signed = created.url.as_ref().ok_or_else(|| {
                 ClientError::new(ErrorKind::Protocol, doing.as_str(), "the answer holds no signed URL")
@@ -195,15 +194,12 @@ impl Client {
             };
             match self.http().put(&doing, signed, size, body, moved).await {
                 Ok(()) => {}
-                // The answer to an earlier try was lost: the same path of the same upload, with the same digest, is there.
-                Err(error) if repeated && error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => {
                     tracker.lost(sent.load(Ordering::Relaxed));
                     if !error.is_retryable() {
                         return Err(error);
                     }
                     tries.failed(error).await?;
-                    repeated = true;
                     continue;
                 }
             }

@@ -74,10 +74,10 @@ async fn an_upload_is_tried_again_under_a_new_url() {
     let fake = Fake::start().await;
     let dir = tempfile::tempdir().expect("temp dir");
     fs::write(dir.path().join("data"), bytes(70_000)).expect("write");
-    fake.blobs.inner().faults.extend([Fault::Status(503), Fault::LoseAnswer]);
+    fake.blobs.inner().faults.extend([Fault::Status(503), Fault::LoseAnswer, Fault::Busy]);
     let stored = fake.client().await.upload_file(dir.path().join("data"), options()).await.expect("upload");
     assert!(fake.blobs.inner().objects[&stored.uri] == bytes(70_000));
-    assert_eq!(fake.state().uploads.len(), 3);
+    assert_eq!(fake.state().uploads.len(), 4);
 }
 
 #[tokio::test]
@@ -85,11 +85,16 @@ async fn a_refused_upload_is_not_tried_again_and_says_why() {
     let fake = Fake::start().await;
     let dir = tempfile::tempdir().expect("temp dir");
     fs::write(dir.path().join("data"), "x").expect("write");
-    fake.blobs.inner().faults.push_back(Fault::Status(422));
+    fake.blobs.inner().faults.push_back(Fault::Status(400));
     let error =
         fake.client().await.upload_file(dir.path().join("data"), options()).await.expect_err("refused");
-    assert_eq!(error.kind(), ErrorKind::Integrity);
+    assert_eq!((error.kind(), error.reason()), (ErrorKind::Integrity, Some("DIGEST_MISMATCH")));
     assert_eq!(fake.state().uploads.len(), 1);
+    // Other bytes at the same place: a conflict that does not pass.
+    fake.blobs.inner().faults.push_back(Fault::Status(409));
+    let error =
+        fake.client().await.upload_file(dir.path().join("data"), options()).await.expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists);
 }
 
 #[tokio::test]
@@ -111,7 +116,6 @@ async fn a_tree_is_one_upload_and_is_sealed_last() {
         fs::write(dir.path().join(format!("sub/{i:02}")), bytes(i)).expect("write");
     }
     symlink("/etc/passwd", dir.path().join("link")).expect("link");
-    fake.blobs.inner().once = true;
     fake.blobs.inner().faults.extend([Fault::LoseAnswer, Fault::Status(500)]);
 
     let client = fake.client().await;

@@ -20,6 +20,8 @@ pub enum Fault {
     CutBody(usize),
     /// This status instead.
     Status(u16),
+    /// A conflict that passes: the request before is still being written.
+    Busy,
     /// Stores, then closes without an answer.
     LoseAnswer,
     /// Answers the whole object to a ranged request.
@@ -32,8 +34,6 @@ pub struct Inner {
     pub faults: VecDeque<Fault>,
     /// `METHOD uri range`.
     pub requests: Vec<String>,
-    /// An object is stored once; a second time is a conflict.
-    pub once: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -103,9 +103,10 @@ impl Blobs {
             socket.read_exact(&mut body).await?;
             let status = match fault {
                 Some(Fault::Status(status)) => status,
+                Some(Fault::Busy) => 409,
                 _ => {
                     let mut inner = self.inner();
-                    if inner.once && inner.objects.contains_key(&uri) {
+                    if inner.objects.get(&uri).is_some_and(|stored| *stored != body) {
                         409
                     } else {
                         inner.objects.insert(uri, body);
@@ -116,7 +117,16 @@ impl Blobs {
             if matches!(fault, Some(Fault::LoseAnswer)) {
                 return Ok(());
             }
-            let answer = format!("HTTP/1.1 {status} X\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            let retry = if matches!(fault, Some(Fault::Busy)) { "retry-after: 0\r\n" } else { "" };
+            let text = if status == 400 {
+                r#"{"error":{"reason":"DIGEST_MISMATCH","message":"differs"}}"#
+            } else {
+                ""
+            };
+            let answer = format!(
+                "HTTP/1.1 {status} X\r\n{retry}content-length: {}\r\nconnection: close\r\n\r\n{text}",
+                text.len()
+            );
             return socket.write_all(answer.as_bytes()).await;
         }
         if let Some(Fault::Status(status)) = fault {

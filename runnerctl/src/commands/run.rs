@@ -1,0 +1,378 @@
+//! `run`.
+
+use std::{future::Future, path::PathBuf, pin::Pin, time::Duration};
+
+use futures::future::OptionFuture;
+use serde_json::json;
+use worker_client::{
+    Event, Finished, Irregular, RunHandle, RunOptions, RunSpec, StreamEvent,
+    proto::{self, RunState},
+};
+
+use super::{Service, is_table, is_watched};
+use crate::{
+    args::RunArgs,
+    exit::Exit,
+    failure::Failure,
+    follow::{self, Screen},
+    interrupt::Interrupts,
+    json as as_json, output,
+    progress::Bar,
+    stdin::{self, InputEnd, InputOptions},
+    terminal::{self, RawMode},
+    value::{Format, InputArg, InputFrom, NetworkArg, OutputArg},
+};
+
+/// Wait before the second attempt, where the caller asks for retries.
+const RETRY_BACKOFF: Duration = Duration::from_secs(1);
+
+/// What has to be done beside the run itself.
+struct Plan {
+    inputs: Vec<InputArg>,
+    skip_special: bool,
+    outputs: Vec<(String, PathBuf)>,
+    detach: bool,
+    input: Option<InputOptions>,
+    options: RunOptions,
+}
+
+pub(super) async fn execute(endpoint: &str, args: RunArgs, format: Format) -> Result<Exit, Failure> {
+    // Caught from here on, so that no moment is left in which Ctrl-C leaves a run behind unseen.
+    let mut interrupts = Interrupts::catch()?;
+    let verbose = args.verbose || (is_watched() && !args.tty);
+    let (spec, plan) = plan(args);
+    let mut screen = Screen::new(format, verbose);
+    let prepare = async {
+        let service = Service::connect(endpoint).await?;
+        let spec = upload(&service, spec, &plan).await?;
+        Ok::<_, Failure>((service, spec))
+    };
+    let (service, spec) = tokio::select! {
+        prepared = prepare => prepared?,
+        () = interrupts.next() => return Ok(interrupted("nothing was started")),
+    };
+    let (handle, cancelled) = match start(&service, spec, &plan, &mut interrupts).await? {
+        Some(started) => started,
+        None => return Ok(interrupted("the run may have been accepted: runnerctl list")),
+    };
+    if plan.detach && !cancelled {
+        if is_table(format) {
+            output::data(&format!("{}\n", handle.id()))?;
+        } else {
+            output::document(&as_json::run(handle.run()))?;
+        }
+        return Ok(Exit::OK);
+    }
+    screen.json(&json!({ "event": "accepted", "accepted": as_json::run(handle.run()) })).await?;
+    screen.tell(&format!("run {} on backend {}", handle.id(), handle.run().backend));
+    match watch(&service, &handle, &plan, &mut screen, &mut interrupts, cancelled).await? {
+        Watched::Ended(end) => {
+            let exit = Exit::of_run(&end);
+            let why = follow::explain(&end);
+            if !why.is_empty() && is_table(format) {
+                output::note(&why);
+            }
+            tokio::select! {
+                downloaded = download(&service, &end, &plan) => downloaded?,
+                () = interrupts.next() => return Ok(interrupted("the outputs were not all downloaded")),
+            }
+            Ok(exit)
+        }
+        Watched::Left(exit) => {
+            let id = handle.id();
+            output::note(&format!("detached; the run goes on\n  To see it again: runnerctl logs -f {id}"));
+            Ok(exit)
+        }
+    }
+}
+
+fn interrupted(what: &str) -> Exit {
+    output::note(&format!("interrupted: {what}"));
+    Exit::INTERRUPTED
+}
+
+/// The spec without its inputs, which have to be uploaded first.
+fn plan(args: RunArgs) -> (RunSpec, Plan) {
+    let mut spec = RunSpec::command(args.command);
+    if let Some(image) = args.image {
+        spec = spec.image(image);
+    }
+    if let Some(backend) = args.backend {
+        spec = spec.backend(backend);
+    }
+    for var in args.env {
+        spec = spec.env(var.name, var.value);
+    }
+    for label in args.label {
+        spec = spec.label(label.key, label.value);
+    }
+    if let Some(timeout) = args.timeout {
+        spec = spec.timeout(timeout);
+    }
+    if let Some(grace) = args.stop_grace {
+        spec = spec.stop_grace(grace);
+    }
+    match args.network {
+        None => {}
+        Some(NetworkArg::None) => spec = spec.network_none(),
+        Some(NetworkArg::Egress) => spec = spec.network_egress(),
+        Some(NetworkArg::Named(name)) => spec = spec.network_named(name),
+    }
+    if let Some(bytes) = args.memory {
+        spec = spec.memory_bytes(bytes);
+    }
+    if let Some(millis) = args.cpu {
+        spec = spec.cpu_millis(millis);
+    }
+    if let Some(pids) = args.pids {
+        spec = spec.pids(pids);
+    }
+    if let Some(bytes) = args.file_size {
+        spec = spec.file_size_bytes(bytes);
+    }
+    if let Some(user) = args.user {
+        spec = spec.user(user);
+    }
+    if let Some(dir) = args.workdir {
+        spec = spec.working_dir(dir);
+    }
+    if args.read_only {
+        spec = spec.read_only_root();
+    }
+    if let Some(retries) = args.retries {
+        spec = spec.retries(retries.saturating_add(1), RETRY_BACKOFF);
+    }
+    if args.idempotent {
+        spec = spec.idempotent();
+    }
+    if args.tty {
+        let (columns, rows) = terminal::size().unwrap_or((80, 24));
+        spec = spec.terminal(columns, rows);
+    } else if args.stdin {
+        spec = spec.stdin();
+    }
+    let mut outputs = Vec::new();
+    for output in args.output {
+        if let OutputArg::Declared { path, local } = output {
+            spec = spec.output(path.as_str());
+            outputs.push((path, local));
+        }
+    }
+    let typed = args.tty && std::io::IsTerminal::is_terminal(&std::io::stdin());
+    let input = InputOptions { terminal: args.tty, detach_keys: args.detach_keys };
+    let plan = Plan {
+        inputs: args.input,
+        skip_special: args.skip_special,
+        outputs,
+        detach: args.detach,
+        input: (args.stdin || typed).then_some(input),
+        options: RunOptions { run_id: None, idempotency_key: args.key },
+    };
+    (spec, plan)
+}
+
+async fn upload(service: &Service, mut spec: RunSpec, plan: &Plan) -> Result<RunSpec, Failure> {
+    for input in &plan.inputs {
+        let local = match &input.from {
+            InputFrom::Artifact(uri) => {
+                spec = spec.input(input.path.as_str(), uri.as_str());
+                continue;
+            }
+            InputFrom::Local(local) => local,
+        };
+        let bar = Bar::new(&format!("upload {}", local.display()));
+        let options = bar.options();
+        if local.is_dir() {
+            let irregular = if plan.skip_special { Irregular::Skip } else { Irregular::Refuse };
+            let tree = service.client.upload_tree(local, options.irregular(irregular)).await;
+            let tree = tree.map_err(|e| upload_failure(service, &e))?;
+            drop(bar);
+            if !tree.skipped.is_empty() {
+                output::note(&format!(
+                    "left out {} special files of {}",
+                    tree.skipped.len(),
+                    local.display()
+                ));
+            }
+            spec = spec.input(input.path.as_str(), tree.uri);
+        } else {
+            let file = service.client.upload_file(local, options).await;
+            let file = file.map_err(|e| upload_failure(service, &e))?;
+            spec = spec.input_spec(proto::Input {
+                path: input.path.clone(),
+                source: Some(proto::input::Source::Uri(file.uri)),
+                sha256: file.sha256,
+                mode: mode_of(local),
+                ..proto::Input::default()
+            });
+        }
+    }
+    Ok(spec)
+}
+
+/// An uploaded script stays executable.
+fn mode_of(local: &std::path::Path) -> u32 {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::metadata(local).map_or(0, |metadata| metadata.permissions().mode() & 0o777)
+}
+
+fn upload_failure(service: &Service, error: &worker_client::ClientError) -> Failure {
+    match error.kind() {
+        worker_client::ErrorKind::Unsupported => {
+            Failure::new(format!("{error}\n  To leave such files out: --skip-special"), Exit::USAGE)
+        }
+        // The caller's file, not the infrastructure.
+        worker_client::ErrorKind::Io => Failure::usage(error.to_string()),
+        _ => service.failure(error),
+    }
+}
+
+/// Starts the run. An interrupt meanwhile is kept for when it is known whether there is a run to cancel; a second one
+/// gives up (`None`).
+async fn start(
+    service: &Service,
+    spec: RunSpec,
+    plan: &Plan,
+    interrupts: &mut Interrupts,
+) -> Result<Option<(RunHandle, bool)>, Failure> {
+    let starting = service.client.run_with(spec, plan.options.clone());
+    tokio::pin!(starting);
+    let mut cancelled = false;
+    loop {
+        tokio::select! {
+            handle = &mut starting => {
+                let handle = handle.map_err(|e| service.failure(&e))?;
+                return Ok(Some((handle, cancelled)));
+            }
+            () = interrupts.next() => {
+                if cancelled {
+                    return Ok(None);
+                }
+                cancelled = true;
+            }
+        }
+    }
+}
+
+enum Watched {
+    Ended(Box<Finished>),
+    /// The caller left; the run goes on.
+    Left(Exit),
+}
+
+type Pump<'a> = Pin<Box<dyn Future<Output = Result<InputEnd, Failure>> + 'a>>;
+type Cancelling<'a> = Pin<Box<dyn Future<Output = Result<proto::Run, worker_client::ClientError>> + 'a>>;
+
+/// Shows the run until it ends. The first interrupt cancels it, the second leaves it.
+async fn watch(
+    service: &Service,
+    handle: &RunHandle,
+    plan: &Plan,
+    screen: &mut Screen,
+    interrupts: &mut Interrupts,
+    cancelled: bool,
+) -> Result<Watched, Failure> {
+    let cancel = || -> Cancelling<'_> { Box::pin(handle.cancel("interrupted in runnerctl")) };
+    let mut raw = match &plan.input {
+        Some(input) if input.terminal => RawMode::enter()?,
+        Some(_) | None => None,
+    };
+    let pump: Option<Pump<'_>> = plan
+        .input
+        .clone()
+        .map(|options| -> Pump<'_> { Box::pin(stdin::pump(&service.client, handle.id(), options)) });
+    let mut pump = OptionFuture::from(pump);
+    let mut interrupts_seen = u32::from(cancelled);
+    let mut cancelling: OptionFuture<Cancelling<'_>> = cancelled.then(cancel).into();
+    let mut events = handle.stream();
+    loop {
+        tokio::select! {
+            event = events.next() => {
+                let Some(event) = event else {
+                    return Err(Failure::new("the stream ended before the run did", Exit::INFRASTRUCTURE));
+                };
+                let event = event.map_err(|e| lost(service, handle, &e))?;
+                if let Some(end) = show(screen, handle, event).await? {
+                    return Ok(Watched::Ended(Box::new(end)));
+                }
+            }
+            () = interrupts.next() => {
+                interrupts_seen += 1;
+                if interrupts_seen > 1 {
+                    return Ok(Watched::Left(Exit::INTERRUPTED));
+                }
+                cancelling = Some(cancel()).into();
+                if is_table(screen.format()) {
+                    output::note("cancelling; once more to leave without waiting");
+                }
+            }
+            Some(answer) = &mut cancelling => {
+                cancelling = None.into();
+                if let Err(error) = answer {
+                    // The next interrupt tries again.
+                    interrupts_seen = 0;
+                    output::note(&format!("{error}; the run goes on"));
+                }
+            }
+            Some(input) = &mut pump => {
+                pump = None.into();
+                match input? {
+                    InputEnd::Detached => {
+                        drop(raw.take());
+                        return Ok(Watched::Left(Exit::OK));
+                    }
+                    InputEnd::Closed => {}
+                    InputEnd::Broken(error) => {
+                        drop(raw.take());
+                        output::note(&format!("{error}; standard input is not sent any more"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Shows an event; answers the end of the run where it is that.
+async fn show(
+    screen: &mut Screen,
+    handle: &RunHandle,
+    event: StreamEvent,
+) -> Result<Option<Finished>, Failure> {
+    if let Err(failure) = screen.show(&event).await {
+        // Whoever read this is gone; the run is not.
+        output::note(&format!("the output has no reader any more; the run goes on: {}", handle.id()));
+        return Err(failure);
+    }
+    let Event::Terminated(end) = event.event else { return Ok(None) };
+    let state = end.state();
+    Ok(Some(Finished { run_id: handle.id().to_owned(), state, outcome: end.outcome.unwrap_or_default() }))
+}
+
+/// The run can be seen no more, but goes on.
+fn lost(service: &Service, handle: &RunHandle, error: &worker_client::ClientError) -> Failure {
+    let id = handle.id();
+    output::note(&format!("lost sight of run {id}; it may go on\n  To see it again: runnerctl logs -f {id}"));
+    service.failure(error)
+}
+
+/// Takes what the run wrote, even where it failed.
+async fn download(service: &Service, end: &Finished, plan: &Plan) -> Result<(), Failure> {
+    let nothing = proto::Manifest::default();
+    let manifest = end.outputs().unwrap_or(&nothing);
+    for (path, local) in &plan.outputs {
+        let bar = Bar::new(&format!("download {path}"));
+        let done = service.client.download_output(manifest, path, local, bar.options()).await;
+        drop(bar);
+        match done {
+            Ok(_) => {}
+            // A failed run need not have written it; its own status says more.
+            Err(error)
+                if error.kind() == worker_client::ErrorKind::NotFound && end.state != RunState::Succeeded =>
+            {
+                output::note(&error.to_string());
+            }
+            Err(error) => return Err(service.failure(&error)),
+        }
+    }
+    Ok(())
+}
