@@ -116,7 +116,8 @@ pub(crate) fn exec_spec(with: &Conversion<'_>) -> Result<ExecSpec, BackendError>
         timeout: spec.timeout.unwrap_or(TIMEOUT),
         stop_grace: spec.stop_grace.unwrap_or(STOP_GRACE),
         terminal: spec.terminal,
-        stdin: spec.stdin,
+        // A terminal goes both ways: programs ask their standard input for its size.
+        stdin: spec.stdin || spec.terminal.is_some(),
         log_limit_bytes: with.log_limit_bytes,
     })
 }

@@ -196,6 +196,12 @@ fn a_named_network_of_the_configuration_is_the_machines() {
 }
 
 #[test]
+fn a_terminal_takes_input_without_being_asked_to() {
+    let spec = RunSpec { terminal: Some(TerminalSize::default()), ..spec() };
+    assert!(convert(&spec, &machine(), &config()).unwrap().stdin);
+}
+
+#[test]
 fn the_default_user_is_the_configurations() {
     let config = LocalConfig { default_user: DefaultUser { uid: 7, gid: 8 }, ..config() };
     assert_eq!(convert(&spec(), &machine(), &config).unwrap().user, User { uid: 7, gid: 8 });
