@@ -23,8 +23,7 @@ pub(crate) fn create(plan: &CgroupPlan) -> Result<(), String> {
         fs::create_dir(directory).map_err(|error| format!("{}: {error}", directory.display()))?;
     }
     for (file, value) in &plan.settings {
-        fs::write(file, value)
-            .map_err(|error| format!("{}: {error} (writing {value:?})", file.display()))?;
+        fs::write(file, value).map_err(|error| format!("{}: {error} (writing {value:?})", file.display()))?;
     }
     Ok(())
 }
@@ -99,7 +98,9 @@ fn kill_in(directory: &Path) {
     // Descriptors first, then membership, then the signal: a pid that was given to another process is not hit.
     let processes: Vec<_> = pids(&procs)
         .into_iter()
-        .filter_map(|pid| Some((pid, rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?)))
+        .filter_map(|pid| {
+            Some((pid, rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?))
+        })
         .collect();
     let still = pids(&procs);
     for (pid, process) in &processes {

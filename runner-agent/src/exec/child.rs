@@ -97,7 +97,9 @@ pub(crate) fn receive(channel: &OwnedFd) -> Result<Option<Message>, Errno> {
         }
     }
     let Some((&tag, payload)) = buffer[..length].split_first() else { return Ok(None) };
-    let word = |at: usize| payload.get(at..at + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap_or_default()));
+    let word = |at: usize| {
+        payload.get(at..at + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap_or_default()))
+    };
     #[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "sent from an i32")]
     let number = word(0) as i32;
     Ok(match (tag, descriptor, sender) {
@@ -188,8 +190,11 @@ fn set_up_and_wait(plan: &Plan<'_>) -> Result<(), String> {
     }
     let terminal = match spec.terminal {
         Some(size) => Some(
-            open_terminal(plan, Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 })
-                .map_err(step("terminal"))?,
+            open_terminal(
+                plan,
+                Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 },
+            )
+            .map_err(step("terminal"))?,
         ),
         None => None,
     };
@@ -214,7 +219,8 @@ fn set_up_and_wait(plan: &Plan<'_>) -> Result<(), String> {
     send(plan.channel, b'X', &[], None);
     drop(terminal);
     // From here on only the program and its children hold their ends.
-    sys::close_all_but([plan.channel.as_raw_fd()]).map_err(|error| format!("closing descriptors: {error}"))?;
+    sys::close_all_but([plan.channel.as_raw_fd()])
+        .map_err(|error| format!("closing descriptors: {error}"))?;
     rustix::thread::set_capabilities(None, NO_CAPABILITIES).map_err(step("dropping capabilities"))?;
     loop {
         match sys::wait4(None, true) {
@@ -302,9 +308,9 @@ fn prepare_program(plan: &Plan<'_>, terminal: Option<BorrowedFd<'_>>) -> Result<
     let input = if spec.stdin { terminal.unwrap_or(input) } else { input };
     for file in [input, output, errors] {
         // Pipes only: `/dev/null` is everybody's.
-        if rustix::fs::fstat(file).is_ok_and(|stat| {
-            rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo
-        }) {
+        if rustix::fs::fstat(file)
+            .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo)
+        {
             give_to_user(plan, file).map_err(step("standard streams"))?;
         }
     }

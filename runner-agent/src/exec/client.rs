@@ -22,14 +22,14 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal},
 };
 
-pub use super::{
-    reader::{SpoolError, SpoolReader},
-    record::{RecordError, is_alive},
-};
 use super::{
     cgroup,
     protocol::{ControlReply, ControlRequest, ExecSpec, ExitRecord, ShimRecord, StartedRecord, name},
     record,
+};
+pub use super::{
+    reader::{SpoolError, SpoolReader},
+    record::{RecordError, is_alive},
 };
 
 /// Longest line on the control socket, in bytes, its end included.
@@ -120,7 +120,11 @@ pub enum ControlError {
 ///
 /// # Errors
 /// See [`ControlError`].
-pub fn control(dir: &Path, request: &ControlRequest, deadline: Duration) -> Result<ControlReply, ControlError> {
+pub fn control(
+    dir: &Path,
+    request: &ControlRequest,
+    deadline: Duration,
+) -> Result<ControlReply, ControlError> {
     let mut line = serde_json::to_vec(request).map_err(io::Error::other)?;
     line.push(b'\n');
     if line.len() > MAX_CONTROL_LINE {

@@ -177,8 +177,7 @@ impl Connection {
     }
 
     fn is_over(&self) -> bool {
-        self.closed
-            || self.ended && !self.busy && self.outgoing.is_empty() && !self.incoming.contains(&b'\n')
+        self.closed || self.ended && !self.busy && self.outgoing.is_empty() && !self.incoming.contains(&b'\n')
     }
 
     fn answer(&mut self, reply: &ControlReply) {

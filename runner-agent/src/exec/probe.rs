@@ -22,6 +22,9 @@ use super::{
     sys::{self, Forked},
 };
 
+/// Adds one to what is wanted.
+type Want = fn(&mut Namespaces);
+
 /// Tries every kind of confinement in short-lived children, and reports which work together. Overlays are tried in
 /// `directory`, for it depends on the file system: give the one where root file systems will be written to. Must be called
 /// by a process with one thread. Leaves nothing behind.
@@ -51,7 +54,7 @@ fn probe_in(scratch: &Path, user: bool, report: &mut ProbeReport) {
             report.notes.push(format!("all namespaces together: {together}"));
             let base = Namespaces { user, ..Namespaces::default() };
             let mut have = base;
-            let wishes: [(&str, fn(&mut Namespaces)); 5] = [
+            let wishes: [(&str, Want); 5] = [
                 ("pid", |wish| wish.pid = true),
                 ("mount", |wish| wish.mount = true),
                 ("network", |wish| wish.network = true),
@@ -82,7 +85,8 @@ fn probe_in(scratch: &Path, user: bool, report: &mut ProbeReport) {
 
 /// Makes the namespaces and the root in a child, as for a workload.
 fn attempt(scratch: &Path, namespaces: Namespaces, root: Root) -> Result<(), String> {
-    let stage = fs::canonicalize(scratch.join("stage")).map_err(|error| format!("{}: {error}", scratch.display()))?;
+    let stage =
+        fs::canonicalize(scratch.join("stage")).map_err(|error| format!("{}: {error}", scratch.display()))?;
     let spec = spec(namespaces, root);
     let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|error| format!("pipe: {error}"));
     let ((go, let_go), (answer, tell)) = (pipe()?, pipe()?);

@@ -13,6 +13,11 @@
 //! | `exit.json` | shim, last thing | [`ExitRecord`]; before it the spool is complete, every process of the workload is dead, and the control group is removed |
 //! | `shim.err` | shim | what it has to say to people; mostly empty |
 //!
+//! What a backend may rely on: a shim that is given a directory a second time changes nothing in it. The program gets fresh
+//! `/tmp`, `/var/tmp`, `/run`, `/dev` and, with a pid namespace, `/proc`; `/sys` is read-only. A place for a mount is made
+//! where it does not exist, but never on the machine's own file systems. A mount namespace needs Linux 5.12. In a user
+//! namespace the caller's supplementary groups stay: the kernel lets nobody drop them there.
+//!
 //! Records appear whole: they are written aside and renamed. A dead shim without an exit record means that nobody knows
 //! how the program ended.
 
@@ -137,7 +142,8 @@ pub struct Namespaces {
     pub uts: bool,
 }
 
-/// The control group that the shim makes, fills and removes.
+/// The control group that the shim makes, fills and removes. The workload's first process, which is the shim's, is in it:
+/// a limit of processes must have room for one more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CgroupPlan {
     /// The directories to create, one for each hierarchy (v1) or one (v2). All end in the attempt's name.

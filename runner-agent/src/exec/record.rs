@@ -5,7 +5,9 @@
 //! boot id is another one, the shim is known to be dead, and what is found is judged by the backend.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -82,11 +84,19 @@ pub(crate) fn write_first<T: Serialize>(dir: &Path, name: &str, record: &T) -> R
 
 fn write_aside<T: Serialize>(dir: &Path, name: &str, record: &T) -> Result<(PathBuf, PathBuf), RecordError> {
     let path = dir.join(name);
-    let bytes = serde_json::to_vec(record)
-        .map_err(|source| RecordError::Malformed { path: path.clone(), source })?;
+    let bytes =
+        serde_json::to_vec(record).map_err(|source| RecordError::Malformed { path: path.clone(), source })?;
     // The pid keeps two writers apart.
     let aside = dir.join(format!(".{name}.{}", std::process::id()));
-    if let Err(error) = fs::write(&aside, bytes) {
+    // An environment may hold secrets.
+    let written = fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&aside)
+        .and_then(|mut file| file.write_all(&bytes));
+    if let Err(error) = written {
         let _ = fs::remove_file(&aside);
         return Err(RecordError::io(&aside, error));
     }

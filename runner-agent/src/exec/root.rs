@@ -36,9 +36,8 @@ const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 /// Parts of `/proc` through which uid 0, even without capabilities, changes the machine.
 const PROC_READ_ONLY: [&str; 5] = ["bus", "fs", "irq", "sys", "sysrq-trigger"];
 /// Parts of `/proc` that tell of the machine what a workload need not know.
-const PROC_HIDDEN: [&str; 9] = [
-    "acpi", "asound", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats",
-];
+const PROC_HIDDEN: [&str; 9] =
+    ["acpi", "asound", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats"];
 
 const SAFE: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 const DIRECTORY: OFlags =
@@ -163,8 +162,9 @@ impl Base {
     }
 
     fn entries(of: &Path, attributes: MountAttrFlags) -> Result<Self, Fault> {
-        let directory = rustix::fs::open(of, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .step(of.display())?;
+        let directory =
+            rustix::fs::open(of, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .step(of.display())?;
         let mut entries = Vec::new();
         for entry in Dir::read_from(&directory).step(of.display())? {
             let entry = entry.step(of.display())?;
@@ -176,7 +176,8 @@ impl Base {
             let kind = rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).step(what())?.st_mode;
             let found = match FileType::from_raw_mode(kind) {
                 kind @ (FileType::Directory | FileType::RegularFile) => {
-                    let tree = clone_tree(&directory, OsStr::from_bytes(name.to_bytes()), attributes).step(what())?;
+                    let tree =
+                        clone_tree(&directory, OsStr::from_bytes(name.to_bytes()), attributes).step(what())?;
                     Entry::Tree(tree, kind == FileType::Directory)
                 }
                 FileType::Symlink => {
@@ -351,6 +352,7 @@ impl Builder<'_> {
     }
 
     fn attach_fresh(&mut self, stage: &Stage) -> Result<(), Fault> {
+        let mut fresh = HashSet::new();
         for (name, path) in [("tmp", "/tmp"), ("run", "/run"), ("var-tmp", "/var/tmp")] {
             let place = match self.find(path) {
                 Ok(place) => place,
@@ -358,18 +360,17 @@ impl Builder<'_> {
                 Err(error) => return Err(format!("{path}: {error}")),
             };
             // Where `/var/tmp` is a link to `/tmp` it is fresh already.
-            if self.ours.contains(&mount_id(place.as_fd())?) && path == "/var/tmp" {
-                if let Root::Host { .. } | Root::Directory { upper: None, .. } = self.spec.root {
-                    continue;
-                }
+            if fresh.contains(&mount_id(place.as_fd())?) {
+                continue;
             }
             if file_type(place.as_fd())? != FileType::Directory {
                 continue;
             }
             let tree = stage.clone(name, MountAttrFlags::empty())?;
             attach(tree.as_fd(), place.as_fd()).step(path)?;
-            self.ours.insert(mount_id(tree.as_fd())?);
+            fresh.insert(mount_id(tree.as_fd())?);
         }
+        self.ours.extend(fresh);
         Ok(())
     }
 
@@ -536,5 +537,7 @@ fn file_type(file: BorrowedFd<'_>) -> Result<FileType, Fault> {
 }
 
 fn mount_id(file: BorrowedFd<'_>) -> Result<u64, Fault> {
-    rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).map(|stat| stat.stx_mnt_id).step("statx")
+    rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)
+        .map(|stat| stat.stx_mnt_id)
+        .step("statx")
 }

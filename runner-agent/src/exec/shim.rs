@@ -40,6 +40,9 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// How long the removal of the control group is tried.
 const CLEAN_UP: Duration = Duration::from_secs(10);
 
+const RESERVE: &str = ".reserve";
+const RESERVE_BYTES: u64 = 64 * 1024;
+
 /// How an attempt at being the shim ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShimExit {
@@ -69,11 +72,13 @@ pub fn run(dir: &Path) -> ShimExit {
     if !claimed {
         return ShimExit::Refused;
     }
+    reserve(dir);
     let record = match record::read::<ExecSpec>(dir, name::EXEC) {
         Ok(Some(spec)) => execute(dir, &spec, &clock),
         Ok(None) => failed(&clock, format!("{} is missing", name::EXEC)),
         Err(error) => failed(&clock, error.to_string()),
     };
+    release(dir);
     let _ = fs::remove_file(dir.join(name::CONTROL));
     match record::write(dir, name::EXIT, &record) {
         Ok(()) => ShimExit::Recorded,
@@ -113,6 +118,18 @@ fn become_independent(dir: &Path) -> Result<(), String> {
     }
     sys::block_signals(&[Signal::TERM, Signal::CHILD]);
     Ok(())
+}
+
+/// Sets room aside, so that the end can be said on a disk that the log has filled. Where the file system cannot do it, the
+/// end is said where there is room.
+fn reserve(dir: &Path) {
+    if let Ok(file) = fs::File::create(dir.join(RESERVE)) {
+        let _ = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES);
+    }
+}
+
+fn release(dir: &Path) {
+    let _ = fs::remove_file(dir.join(RESERVE));
 }
 
 fn tell(dir: &Path, text: &str) {
@@ -159,6 +176,7 @@ fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock) -> ExitRecord {
     if !watch.drain(DRAIN) {
         watch.note("shim", format!("an output was still open {DRAIN:?} after the death of all processes"));
     }
+    release(dir);
     for note in watch.spool.finish(clock) {
         watch.note("shim", note);
     }
@@ -214,11 +232,13 @@ fn start<'a>(dir: &'a Path, spec: &'a ExecSpec, clock: &'a SystemClock) -> Resul
     let step = |what: &'static str| move |error: Errno| format!("{what}: {error}");
     let argv = CStrings::new(spec.argv.iter().cloned())?;
     let env = CStrings::new(spec.env.iter().map(|(key, value)| format!("{key}={value}")))?;
-    let spool = Spool::create(dir, spec.log_limit_bytes).map_err(|error| format!("{}: {error}", name::LOG))?;
+    let spool =
+        Spool::create(dir, spec.log_limit_bytes).map_err(|error| format!("{}: {error}", name::LOG))?;
     let dir_fd = rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| format!("{}: {error}", dir.display()))?;
     let control = Control::bind(&dir_fd).map_err(step("control socket"))?;
-    let signals = sys::signal_fd(&[Signal::TERM, Signal::CHILD]).map_err(|error| format!("signalfd: {error}"))?;
+    let signals =
+        sys::signal_fd(&[Signal::TERM, Signal::CHILD]).map_err(|error| format!("signalfd: {error}"))?;
     if !spec.namespaces.pid {
         // Any number but 0 means yes.
         rustix::process::set_child_subreaper(Some(Pid::INIT)).map_err(step("subreaper"))?;
@@ -288,7 +308,8 @@ pub(crate) fn clone_flags(spec: &ExecSpec) -> i32 {
 /// Gives the first process its user, its control group and its record, then lets it go.
 fn admit(dir: &Path, spec: &ExecSpec, first: Pid, channel: &OwnedFd) -> Result<OwnedFd, String> {
     let pid = first.as_raw_pid();
-    let handle = rustix::process::pidfd_open(first, PidfdFlags::empty()).map_err(|error| format!("pidfd: {error}"))?;
+    let handle =
+        rustix::process::pidfd_open(first, PidfdFlags::empty()).map_err(|error| format!("pidfd: {error}"))?;
     map_user(spec, first)?;
     if !spec.namespaces.pid {
         // The program sees this process and may be of the same user.
@@ -395,7 +416,10 @@ fn judge(seen: Seen, counters: Counters, log_bytes: u64, clock: &SystemClock) ->
         if counters.oom_kills > 0 { ExitReason::OomKilled } else { ExitReason::SetupFailed }
     } else {
         if seen.ended.is_none() {
-            note("shim", format!("the first process was ended from outside: {:?}", exit_status(first_status)));
+            note(
+                "shim",
+                format!("the first process was ended from outside: {:?}", exit_status(first_status)),
+            );
         }
         match status {
             Some(ExitStatus::Signal(libc::SIGKILL)) if counters.oom_kills > 0 => ExitReason::OomKilled,
@@ -406,11 +430,14 @@ fn judge(seen: Seen, counters: Counters, log_bytes: u64, clock: &SystemClock) ->
         note("shim", "SIGKILL was sent after the grace period".to_owned());
     }
     let now = clock.monotonic();
-    let wall = seen.started.map_or(Duration::ZERO, |started| {
-        seen.ended.map_or(now, |ended| ended.at).saturating_sub(started)
-    });
+    let wall = seen
+        .started
+        .map_or(Duration::ZERO, |started| seen.ended.map_or(now, |ended| ended.at).saturating_sub(started));
     // What the first process reports contains the program and all that was waited for.
-    let cpu = seen.first.map_or(Duration::ZERO, |first| first.cpu).max(seen.ended.map_or(Duration::ZERO, |ended| ended.cpu));
+    let cpu = seen
+        .first
+        .map_or(Duration::ZERO, |first| first.cpu)
+        .max(seen.ended.map_or(Duration::ZERO, |ended| ended.cpu));
     let memory = seen.ended.map_or(0, |ended| ended.max_memory_bytes);
     ExitRecord {
         reason,

@@ -252,7 +252,8 @@ mod tests {
         let mut expected = Vec::new();
         let mut seen = Vec::new();
         for round in 0..400_u32 {
-            let chunk: Vec<u8> = (0..64 * 1024_u32).map(|byte| (byte.wrapping_mul(31) + round) as u8).collect();
+            let chunk: Vec<u8> =
+                (0..64 * 1024_u32).map(|byte| (byte.wrapping_mul(31) + round) as u8).collect();
             spool.append(&clock, LogStream::Stdout, &chunk);
             expected.extend_from_slice(&chunk);
             if round % 7 == 0 {
@@ -308,7 +309,9 @@ mod tests {
         assert_eq!(spool.finish(&clock), ["5 of 10 log bytes were dropped"]);
         let frames = all(&mut SpoolReader::open(dir.path(), 0));
         assert_eq!(bytes(&frames[..2]), b"abcde");
-        assert!(matches!(&frames[2].body, FrameBody::Truncated { dropped: 5, reason } if reason.contains("limit")));
+        assert!(
+            matches!(&frames[2].body, FrameBody::Truncated { dropped: 5, reason } if reason.contains("limit"))
+        );
         assert_eq!((frames.len(), frames[2].offset), (3, 5));
     }
 

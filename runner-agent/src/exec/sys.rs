@@ -222,12 +222,8 @@ pub(crate) fn add_mount_attributes(
     attributes: MountAttrFlags,
     recursive: bool,
 ) -> Result<(), Errno> {
-    let attr = MountAttr {
-        attr_set: u64::from(attributes.bits()),
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
+    let attr =
+        MountAttr { attr_set: u64::from(attributes.bits()), attr_clr: 0, propagation: 0, userns_fd: 0 };
     let recursion = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a C string, the structure has the layout and the size that the kernel is told.
     let result = unsafe {
@@ -243,8 +239,8 @@ pub(crate) fn add_mount_attributes(
     if result == 0 { Ok(()) } else { Err(last_errno()) }
 }
 
-/// Sends a signal to the process group that the process leads. `ESRCH`: it was waited for already, or there is no such
-/// group. Before Linux 6.9 by number, which `still_there` has just found to be valid.
+/// Sends a signal to the process group that the process leads. `ESRCH`: it was waited for already, or leads none. Before
+/// Linux 6.9 by number, after the process itself has just been found alive.
 #[allow(unsafe_code, reason = "rustix does not offer the flag")]
 pub(crate) fn signal_group(process: BorrowedFd<'_>, group: Pid, signal: Signal) -> Result<(), Errno> {
     const PIDFD_SIGNAL_PROCESS_GROUP: u32 = 1 << 2;
@@ -288,6 +284,7 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     let flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     request.ifr_ifru.ifru_flags = flags;
     // SAFETY: SIOCSIFFLAGS reads an ifreq, which the request is.
-    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) };
+    let result =
+        unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -55,7 +55,8 @@ mod tests {
     #[test]
     fn descent_is_found_over_generations_and_a_circle_ends() {
         let stat = |parent| Stat { state: b'S', parent, start_ticks: 1 };
-        let processes = HashMap::from([(10, stat(1)), (11, stat(10)), (12, stat(11)), (20, stat(21)), (21, stat(20))]);
+        let processes =
+            HashMap::from([(10, stat(1)), (11, stat(10)), (12, stat(11)), (20, stat(21)), (21, stat(20))]);
         assert!(descends(12, 10, &processes));
         assert!(descends(11, 10, &processes));
         assert!(!descends(10, 10, &processes));

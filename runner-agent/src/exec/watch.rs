@@ -63,9 +63,23 @@ pub(crate) enum Input {
 }
 
 #[derive(Debug)]
-struct Program {
-    pid: Pid,
-    handle: OwnedFd,
+enum Program {
+    Unborn,
+    Born {
+        pid: Pid,
+        handle: OwnedFd,
+    },
+    /// It has ended and was waited for before we had a handle. Its parent is about to say how.
+    Gone,
+}
+
+/// What [`Watch::wait`] found ready.
+#[derive(Debug, Default)]
+struct Ready {
+    outputs: Vec<bool>,
+    signals: bool,
+    listener: bool,
+    channel: bool,
 }
 
 /// How the program ended, as its parent saw it.
@@ -124,7 +138,9 @@ pub(crate) struct Watch<'a> {
     channel_open: bool,
     pending: Option<PendingInput>,
     terminal: Option<OwnedFd>,
-    program: Option<Program>,
+    program: Program,
+    /// The program's pid, for the record.
+    pid: i32,
     ending: Option<Ending>,
     buffer: Vec<u8>,
 }
@@ -147,7 +163,8 @@ pub(crate) struct Parts<'a> {
 
 impl<'a> Watch<'a> {
     pub(crate) fn new(parts: Parts<'a>) -> Self {
-        let Parts { clock, spec, dir, spool, control, signals, channel, first, first_handle, outputs, input } = parts;
+        let Parts { clock, spec, dir, spool, control, signals, channel, first, first_handle, outputs, input } =
+            parts;
         Self {
             clock,
             spec,
@@ -165,7 +182,8 @@ impl<'a> Watch<'a> {
             channel_open: true,
             pending: None,
             terminal: None,
-            program: None,
+            program: Program::Unborn,
+            pid: 0,
             ending: None,
             buffer: vec![0; READ_BYTES],
         }
@@ -176,12 +194,19 @@ impl<'a> Watch<'a> {
         while self.seen.first.is_none() {
             self.keep_deadlines();
             let ready = self.wait();
-            self.take_messages();
-            self.take_outputs(&ready);
+            if ready.channel {
+                self.take_messages();
+            }
+            self.take_outputs(&ready.outputs);
+            if ready.listener {
+                self.control.accept();
+            }
             self.serve_control();
-            self.take_signals();
+            if ready.signals {
+                self.take_signals();
+                self.reap();
+            }
             self.spool.tick(self.clock);
-            self.reap();
         }
         // What it sent before its end.
         self.take_messages();
@@ -189,15 +214,17 @@ impl<'a> Watch<'a> {
         self.seen.killed = self.ending.is_some_and(|ending| ending.killed_at.is_some());
     }
 
-    /// Waits for anything to happen, or the next deadline. Returns which outputs are ready.
-    fn wait(&mut self) -> Vec<bool> {
+    /// Waits for anything to happen, or the next deadline.
+    fn wait(&self) -> Ready {
         let now = self.clock.monotonic();
         let timeout = self.next_deadline(now).map(|at| {
             let left = at.saturating_sub(now);
-            Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() }
+            Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            }
         });
-        let listening =
-            |output: &Output| output.open && output.paused.is_none_or(|until| until <= now);
+        let listening = |output: &Output| output.open && output.paused.is_none_or(|until| until <= now);
         let mut fds: Vec<PollFd<'_>> = self
             .outputs
             .iter()
@@ -220,16 +247,18 @@ impl<'a> Watch<'a> {
             flags.set(PollFlags::OUT, interest.write);
             fds.push(PollFd::from_borrowed_fd(interest.socket, flags));
         }
-        // An interrupted poll has seen nothing; the loop comes again.
-        let _ = rustix::event::poll(&mut fds, timeout.as_ref());
-        let mut fds = fds.iter();
-        self.outputs
-            .iter()
-            .map(|output| {
-                listening(output)
-                    && fds.next().is_some_and(|fd| !fd.revents().is_empty())
-            })
-            .collect()
+        if rustix::event::poll(&mut fds, timeout.as_ref()).is_err() {
+            // Interrupted: nothing was seen; the loop comes again.
+            return Ready::default();
+        }
+        let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
+        let mut next = || ready.next().unwrap_or(false);
+        Ready {
+            outputs: self.outputs.iter().map(|output| listening(output) && next()).collect(),
+            signals: next(),
+            listener: next(),
+            channel: self.channel_open && next(),
+        }
     }
 
     fn next_deadline(&self, now: Duration) -> Option<Duration> {
@@ -270,9 +299,9 @@ impl<'a> Watch<'a> {
                     return;
                 }
                 if ending.killed_at.is_none() && now >= ending.kill_at {
-                    if let Some(program) = &self.program {
-                        // Where the group is gone its leader is too, and its parent is about to say so.
-                        let _ = sys::signal_group(program.handle.as_fd(), program.pid, Signal::KILL);
+                    if let Program::Born { pid, handle } = &self.program {
+                        // Where it is gone its parent is about to say so. Other failures are met by insisting.
+                        let _ = signal(*pid, handle, Signal::KILL);
                     }
                     self.ending = Some(Ending { killed_at: Some(now), ..ending });
                 } else if !ending.insisted && ending.killed_at.is_some_and(|at| now >= at + INSIST) {
@@ -297,17 +326,22 @@ impl<'a> Watch<'a> {
         let now = self.clock.monotonic();
         let ending = Ending { reason, kill_at: now.saturating_add(grace), killed_at: None, insisted: false };
         match &self.program {
-            None => {
+            Program::Unborn => {
                 self.kill_first();
                 self.ending = Some(Ending { killed_at: Some(now), insisted: true, ..ending });
             }
+            Program::Gone => {}
             // Readable: it has ended, and its own end counts. Its parent is about to say so.
-            Some(program) if is_readable(&program.handle) => {}
-            Some(program) => {
-                if sys::signal_group(program.handle.as_fd(), program.pid, Signal::TERM).is_ok() {
+            Program::Born { handle, .. } if is_readable(handle) => {}
+            Program::Born { pid, handle } => match signal(*pid, handle, Signal::TERM) {
+                Err(Errno::SRCH) => {}
+                sent => {
                     self.ending = Some(ending);
+                    if let Err(error) = sent {
+                        self.note("shim", format!("SIGTERM could not be sent: {error}"));
+                    }
                 }
-            }
+            },
         }
     }
 
@@ -348,14 +382,7 @@ impl<'a> Watch<'a> {
                     _ => self.seen.fault = Some("the terminal cannot be used".to_owned()),
                 }
             }
-            Message::Born(pid) => match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
-                Ok(handle) => self.program = Some(Program { pid, handle }),
-                // Without a handle it could not be stopped for sure, so it is not let go on. It may have ended too.
-                Err(error) => {
-                    self.note("shim", format!("no handle on the program: {error}"));
-                    self.kill_first();
-                }
-            },
+            Message::Born(pid) => self.program = self.find_program(pid),
             Message::Failed(fault) => self.seen.fault = Some(fault),
             Message::NotExecuted(error) => {
                 self.seen.not_executed = Some(error);
@@ -376,8 +403,7 @@ impl<'a> Watch<'a> {
                     return;
                 }
                 self.seen.started = Some(self.clock.monotonic());
-                let pid = self.program.as_ref().map_or(0, |program| program.pid.as_raw_pid());
-                let record = StartedRecord { time: self.clock.now(), pid };
+                let record = StartedRecord { time: self.clock.now(), pid: self.pid };
                 if let Err(error) = record::write(self.dir, name::STARTED, &record) {
                     self.note("shim", error.to_string());
                 }
@@ -386,6 +412,26 @@ impl<'a> Watch<'a> {
                 let (at, time) = (self.clock.monotonic(), self.clock.now());
                 self.seen.ended = Some(Ended { status, cpu, max_memory_bytes, at, time });
             }
+        }
+    }
+
+    /// Gets a handle on the program: the child of the first process that has this pid.
+    fn find_program(&mut self, pid: Pid) -> Program {
+        self.pid = pid.as_raw_pid();
+        let handle = match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
+            Ok(handle) => handle,
+            Err(Errno::SRCH) => return Program::Gone,
+            Err(error) => {
+                // What cannot be stopped for sure is not let go on.
+                self.note("shim", format!("no handle on the program: {error}"));
+                self.kill_first();
+                return Program::Gone;
+            }
+        };
+        // It may have ended, and its pid been given to another, before the handle was had.
+        match record::stat(self.pid) {
+            Ok(Some(stat)) if stat.parent == self.first.as_raw_pid() => Program::Born { pid, handle },
+            _ => Program::Gone,
         }
     }
 
@@ -417,7 +463,8 @@ impl<'a> Watch<'a> {
             if now >= end {
                 return false;
             }
-            let left = Timespec { tv_sec: 0, tv_nsec: 100_000_000.min((end - now).subsec_nanos().max(1)).into() };
+            let left =
+                Timespec { tv_sec: 0, tv_nsec: 100_000_000.min((end - now).subsec_nanos().max(1)).into() };
             let mut fds: Vec<_> = self
                 .outputs
                 .iter()
@@ -437,7 +484,6 @@ impl<'a> Watch<'a> {
     }
 
     fn serve_control(&mut self) {
-        self.control.accept();
         self.control.exchange();
         self.continue_input();
         while let Some((from, request)) = self.control.next_request(self.pending.is_some()) {
@@ -554,6 +600,14 @@ fn read<'a>(output: &Output, buffer: &'a mut [u8]) -> Result<Option<&'a [u8]>, (
         Err(Errno::AGAIN | Errno::INTR) => Err(()),
         // EIO is how a terminal says it.
         Err(_) => Ok(None),
+    }
+}
+
+/// Signals the program's group; the program alone in the moment before it leads one.
+fn signal(pid: Pid, handle: &OwnedFd, signal: Signal) -> Result<(), Errno> {
+    match sys::signal_group(handle.as_fd(), pid, signal) {
+        Err(Errno::SRCH) => rustix::process::pidfd_send_signal(handle, signal),
+        sent => sent,
     }
 }
 
