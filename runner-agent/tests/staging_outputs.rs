@@ -301,7 +301,7 @@ async fn a_directory_that_is_swapped_for_a_link_leads_nowhere() {
         fs::write(outside.path().join(format!("{n}")), b"secret").unwrap();
     }
     let swapping = Arc::new(AtomicBool::new(true));
-    for _ in 0..20 {
+    for _ in 0..8 {
         let bench = staged(vec![output("/outputs")]).await;
         for d in 0..10 {
             for n in 0..50 {

@@ -6,6 +6,7 @@ use runner_core::{
     artifact::{ArtifactError, ArtifactErrorKind},
     backend::{BackendError, BackendErrorKind, Direction},
 };
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 /// What kind of failure staging met.
@@ -139,6 +140,8 @@ impl About {
             io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory | io::ErrorKind::AlreadyExists => {
                 StagingErrorKind::Conflict
             }
+            // A link where there should be a directory.
+            _ if source.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => StagingErrorKind::Conflict,
             _ => StagingErrorKind::Local,
         };
         StagingError { source: Some(source.into()), ..self.error(kind, context) }

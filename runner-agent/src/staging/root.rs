@@ -31,8 +31,8 @@ pub struct Root {
 
 const RESOLVE: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
-const DIRECTORY: OFlags =
-    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+/// With `RESOLVE_NO_SYMLINKS` a link is `ELOOP`; `O_NOFOLLOW` beside it would make it `ENOTDIR`, as a file is.
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 impl Root {
     /// Opens the directory at `path`. The path itself is trusted; only what is below it is confined.
@@ -257,7 +257,7 @@ impl Root {
 
 /// Opens a directory by its name. Never follows a link.
 pub(super) fn open_dir_at(above: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::openat(above, name, DIRECTORY, Mode::empty())?)
+    Ok(rustix::fs::openat(above, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?)
 }
 
 /// Opens a regular file by its name, to read. Never follows a link, never waits for a FIFO's other end, and does not open
