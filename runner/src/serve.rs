@@ -148,7 +148,9 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         })
         .await?
     };
-    let logs = SegmentedLogs::new(Arc::clone(&artifacts), Arc::clone(&clock), log::Options::default());
+    // A run that prints nothing leaves no object behind: watchers read the logs of ended attempts without following.
+    let options = log::Options { store_empty: false, ..log::Options::default() };
+    let logs = SegmentedLogs::new(Arc::clone(&artifacts), Arc::clone(&clock), options);
     let backends = open_backends(config, &data_dir, &instance, &clock).await?;
     let parts = Parts {
         store: Arc::new(store),

@@ -195,7 +195,8 @@ impl Watcher {
             if let Some(event) = self.events.front() {
                 // An event that follows the end of an attempt's log waits until the log was read.
                 if closes_log(&event.event) && self.reading_log() {
-                    match self.open_log().next().await {
+                    // It is sealed by now: there is nothing to follow.
+                    match self.open_log(false).next().await {
                         Some(Ok(frames)) => self.frames.extend(frames),
                         Some(Err(error)) => return Some(Err(error.into())),
                         None => self.log_dry = true,
@@ -209,7 +210,7 @@ impl Watcher {
                 if !self.reading_log() {
                     return None;
                 }
-                match self.open_log().next().await {
+                match self.open_log(false).next().await {
                     Some(Ok(frames)) => self.frames.extend(frames),
                     Some(Err(error)) => return Some(Err(error.into())),
                     None => self.log_dry = true,
@@ -245,7 +246,7 @@ impl Watcher {
     /// Waits until there may be something new.
     async fn wake(&mut self) -> Wake {
         if self.reading_log() {
-            self.open_log();
+            self.open_log(true);
         }
         let log = self.log.as_mut().filter(|_| !self.log_dry);
         let frames = async {
@@ -302,8 +303,9 @@ impl Watcher {
         self.options.logs && self.cursor.attempt > 0 && !self.log_dry
     }
 
-    fn open_log(&mut self) -> &mut BoxStream<'static, Result<FrameBatch, LogError>> {
-        let (cursor, follow) = (self.cursor, self.options.follow);
+    /// The stream of the cursor's attempt's log, opened at the cursor if it is not open.
+    fn open_log(&mut self, follow: bool) -> &mut BoxStream<'static, Result<FrameBatch, LogError>> {
+        let cursor = self.cursor;
         self.log.get_or_insert_with(|| {
             let attempt = AttemptId { run: self.run, number: cursor.attempt };
             self.core.parts.logs.read(&self.tenant, attempt, cursor.log_offset, follow)
