@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use rusqlite::{Connection, params};
 use runner_core::{
     clock::Timestamp,
     id::RunId,
     state::RunState,
     store::{PageCursor, RunFilter},
 };
+use rusqlite::{Connection, params};
 
 use crate::{migrate, read, write};
 
@@ -111,16 +111,12 @@ fn no_listing_sorts_and_a_cursor_is_a_place_in_an_index() {
         (RunFilter { tenant: "a".parse().ok(), ..all.clone() }, "runs_tenant_created"),
         (RunFilter { states: vec![RunState::Failed], ..all.clone() }, "runs_created"),
         (RunFilter { states: vec![RunState::Running, RunState::Queued], ..all.clone() }, "runs_live"),
-        (
-            RunFilter { tenant: "a".parse().ok(), states: vec![RunState::Running], ..all.clone() },
-            "runs_live",
-        ),
+        (RunFilter { tenant: "a".parse().ok(), states: vec![RunState::Running], ..all.clone() }, "runs_live"),
         (RunFilter { labels: labels(1), ..all.clone() }, "PRIMARY KEY"),
         (RunFilter { labels: labels(3), tenant: "a".parse().ok(), ..all.clone() }, "PRIMARY KEY"),
         (RunFilter { created_from: Some(Timestamp::from_micros(5)), ..all }, "runs_created"),
     ];
-    let cursor =
-        PageCursor { created: Timestamp::from_micros(7), id: RunId::new(uuid::Uuid::from_u128(1)) };
+    let cursor = PageCursor { created: Timestamp::from_micros(7), id: RunId::new(uuid::Uuid::from_u128(1)) };
     for (filter, index) in filters {
         let (sql, _) = read::list_sql(&filter, Some(cursor));
         let plan = plan(&conn, &sql);

@@ -3,7 +3,7 @@
 //! A commit costs a sync, whatever is in it. So everything that waits, up to [`MAX_GROUP`], goes into one transaction, and
 //! nobody is answered before its commit. Where one verb of a group fails, the group is rolled back and executed again with a
 //! savepoint around each verb, so that one failure fails only itself; a group without a failure, which is nearly every one,
-//! does not pay for savepoints.
+//! does not pay for savepoints. Where there is no room, each verb gets a transaction of its own.
 
 use std::{
     collections::HashMap,
@@ -104,6 +104,8 @@ impl LiveCounts {
 pub(crate) trait Job: Send {
     /// Executes it and holds the answer. An error says that nothing of it may stay.
     fn execute(&mut self, cx: &mut Context<'_>) -> Result<(), StoreError>;
+    /// Holds a failure in the answer's place.
+    fn fail(&mut self, error: StoreError);
     /// Tells the caller: what was held, or that the group failed.
     fn answer(self: Box<Self>, group: Result<(), StoreError>);
 }
@@ -123,6 +125,10 @@ impl<V: Verb> Job for Typed<V> {
         let status = result.as_ref().map(|_| ()).map_err(Clone::clone);
         self.held = Some(result);
         status
+    }
+
+    fn fail(&mut self, error: StoreError) {
+        self.held = Some(Err(error));
     }
 
     fn answer(self: Box<Self>, group: Result<(), StoreError>) {
@@ -187,9 +193,20 @@ impl Writer {
     fn commit(&mut self, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
         match self.attempt(group, false) {
             // Alone there is nobody to be kept apart from: the answer is its own.
-            Err(_) if group.len() > 1 => self.attempt(group, true),
-            result => result,
+            Err(_) if group.len() > 1 => {}
+            result => return result,
         }
+        match self.attempt(group, true) {
+            Err(StoreError::Full(_)) => {}
+            result => return result,
+        }
+        // Without room SQLite gives up the whole transaction, savepoints or not. What needs little may fit still.
+        for job in group {
+            if let Err(error) = self.attempt(std::slice::from_mut(job), false) {
+                job.fail(error);
+            }
+        }
+        Ok(())
     }
 
     fn attempt(&mut self, group: &mut [Box<dyn Job>], isolated: bool) -> Result<(), StoreError> {
