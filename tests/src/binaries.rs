@@ -59,3 +59,12 @@ pub fn runner() -> Result<PathBuf, String> {
     static BUILT: Built = OnceLock::new();
     program(folder(&BUILT, &["runner", "runner-agent"]), "runner")
 }
+
+/// The command line.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn runnerctl() -> Result<PathBuf, String> {
+    static BUILT: Built = OnceLock::new();
+    program(folder(&BUILT, &["runnerctl"]), "runnerctl")
+}

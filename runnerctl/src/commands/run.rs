@@ -376,3 +376,96 @@ async fn download(service: &Service, end: &Finished, plan: &Plan) -> Result<(), 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn planned(line: &[&str]) -> (RunSpec, Plan) {
+        let cli = Cli::try_parse_from([&["runnerctl", "run"], line].concat()).expect("a valid command line");
+        let Command::Run(args) = cli.command else { panic!("the command is `run`") };
+        plan(*args)
+    }
+
+    #[test]
+    fn every_flag_reaches_its_field() {
+        let (spec, plan) = planned(&[
+            "--backend",
+            "b",
+            "--image",
+            "i",
+            "--env",
+            "A=1",
+            "--label",
+            "k=v",
+            "--timeout",
+            "30s",
+            "--stop-grace",
+            "2s",
+            "--network",
+            "egress",
+            "--memory",
+            "512MiB",
+            "--cpu",
+            "1.5",
+            "--pids",
+            "9",
+            "--file-size",
+            "1G",
+            "--user",
+            "1:2",
+            "--workdir",
+            "/w",
+            "--read-only",
+            "--retries",
+            "2",
+            "--idempotent",
+            "--stdin",
+            "--key",
+            "x",
+            "--output",
+            "/outputs/a:b",
+            "--",
+            "sh",
+            "-c",
+            "true",
+        ]);
+        let spec = spec.as_proto();
+        assert_eq!((spec.image.as_str(), spec.command.join(" ").as_str()), ("i", "sh -c true"));
+        assert_eq!((spec.env["A"].as_str(), spec.labels["k"].as_str()), ("1", "v"));
+        assert_eq!(spec.timeout.map(|timeout| timeout.seconds), Some(30));
+        assert_eq!(spec.stop_grace.map(|grace| grace.seconds), Some(2));
+        assert_eq!(
+            spec.network.as_ref().and_then(|n| n.policy.clone()),
+            Some(proto::network::Policy::Egress(true))
+        );
+        let resources = spec.resources.clone().expect("resources");
+        assert_eq!((resources.memory_bytes, resources.cpu_millis, resources.pids), (512 << 20, 1500, 9));
+        assert_eq!(resources.file_size_bytes, 1 << 30);
+        assert_eq!((spec.user.as_str(), spec.working_dir.as_str(), spec.read_only_root), ("1:2", "/w", true));
+        assert_eq!(spec.retry.as_ref().map(|retry| retry.max_attempts), Some(3), "two more than the first");
+        assert!(spec.idempotent && spec.stdin && spec.terminal.is_none());
+        assert_eq!(spec.routing.as_ref().map(|routing| routing.backend.as_str()), Some("b"));
+        assert!(spec.outputs[0].required && spec.outputs[0].path == "/outputs/a");
+        assert_eq!(plan.outputs, [("/outputs/a".to_owned(), PathBuf::from("b"))]);
+        assert_eq!(plan.options.idempotency_key.as_deref(), Some("x"));
+        assert!(plan.input.is_some_and(|input| !input.terminal));
+    }
+
+    #[test]
+    fn what_is_not_said_is_left_to_the_service() {
+        let (spec, plan) = planned(&["true"]);
+        assert_eq!(spec, RunSpec::command(["true"]));
+        assert!(plan.input.is_none() && !plan.detach);
+    }
+
+    #[test]
+    fn a_terminal_takes_the_place_of_standard_input() {
+        let (spec, plan) = planned(&["-it", "sh"]);
+        assert!(spec.as_proto().terminal.is_some() && !spec.as_proto().stdin);
+        assert!(plan.input.is_some_and(|input| input.terminal));
+    }
+}
