@@ -273,7 +273,7 @@ impl ArtifactStore for DirectoryArtifacts {
         let from = key.clone();
         let (file, size) = self
             .blocking(context.clone(), move |shared| {
-                let mut file = File::open(shared.path(&from))?;
+                let mut file = File::open(shared.path(&from)).map_err(absent)?;
                 let size = object_size(&file.metadata()?)?;
                 file.seek(SeekFrom::Start(range.start.min(size)))?;
                 Ok((file, size))
@@ -309,7 +309,9 @@ impl ArtifactStore for DirectoryArtifacts {
     async fn head(&self, key: &ArtifactKey) -> Result<ArtifactMeta, ArtifactError> {
         let of = key.clone();
         let size = self
-            .blocking(format!("look up {key}"), move |shared| object_size(&fs::metadata(shared.path(&of))?))
+            .blocking(format!("look up {key}"), move |shared| {
+                object_size(&fs::metadata(shared.path(&of)).map_err(absent)?)
+            })
             .await?;
         Ok(ArtifactMeta { key: key.clone(), size })
     }
@@ -378,6 +380,11 @@ fn list_below(shared: &Shared, prefix: &ArtifactKey, found: &mpsc::Sender<Listed
         }
     }
     Ok(())
+}
+
+/// To one who reads, a key below an object is one that is not there.
+fn absent(error: io::Error) -> io::Error {
+    if is_absent(&error) { io::ErrorKind::NotFound.into() } else { error }
 }
 
 fn is_absent(error: &io::Error) -> bool {
