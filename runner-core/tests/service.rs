@@ -456,6 +456,47 @@ async fn an_attempt_that_never_runs_is_unschedulable() {
 }
 
 #[tokio::test]
+async fn a_timer_goes_on_across_a_restart() {
+    let mut world = World::new();
+    world.limits.pending_timeout = Duration::from_millis(300);
+    world.substrate.with_faults(|faults| faults.ensure_delay = Some(Duration::from_secs(3600)));
+    let service = world.start().await;
+    let id = accept(&service, spec(&["exit", "0"])).await;
+    until_state(&service, id, RunState::Preparing).await;
+    service.shutdown().await;
+    // While nobody counts, the time goes on; and who counts anew does not begin anew.
+    world.limits.pending_timeout = Duration::from_secs(3600);
+    let service = world.start().await;
+    let record = end(&service, id).await;
+    assert_eq!(record.outcome.unwrap().cause, Cause::Unschedulable);
+}
+
+#[tokio::test]
+async fn a_retry_waits_for_its_back_off_also_across_a_restart() {
+    let world = World::new();
+    world.substrate.with_faults(|faults| faults.ensure.push_back((BackendErrorKind::Substrate, false)));
+    let service = world.start().await;
+    let mut spec = spec(&["exit", "0"]);
+    spec.retry.max_attempts = Some(2);
+    spec.retry.initial_backoff = Some(Duration::from_secs(3600));
+    spec.retry.max_backoff = Some(Duration::from_secs(3600));
+    let id = accept(&service, spec).await;
+    let waiting = async || {
+        let (record, attempts) = service.get(&caller(), id).await.unwrap();
+        (record.position.state == RunState::Queued && attempts.len() == 1).then_some(())
+    };
+    until("the first attempt is over", waiting).await;
+    service.shutdown().await;
+    let service = world.start().await;
+    let record = service.get(&caller(), id).await.unwrap().0;
+    assert_eq!((record.position.state, record.position.attempt), (RunState::Queued, 1));
+    assert!(record.not_before.is_some());
+    let cancelled = service.cancel(&caller(), id, String::new()).await.unwrap();
+    assert_eq!(cancelled.position.state, RunState::Cancelled, "waiting for a retry is waiting in the queue");
+    assert_eq!(world.substrate.starts(attempt(id, 2)), 0);
+}
+
+#[tokio::test]
 async fn a_workload_that_vanished_is_lost_and_never_success() {
     let world = World::new();
     let service = world.start().await;
