@@ -62,14 +62,16 @@ fn another(key: &str, leaf: &Value, default: Option<&Value>) -> Value {
         let names: Vec<Value> = options.iter().map(|o| o.get("const").unwrap_or(o).clone()).collect();
         return names.into_iter().find(|name| Some(name) != default).unwrap();
     }
+    // A ceiling stays above its default.
+    let ceiling = key.ends_with(".ceiling");
     if text.contains("\"span\"") {
-        return json!("31s");
+        return json!(if ceiling { "3650days" } else { "31s" });
     }
     if text.contains("\"byte-size\"") {
-        return json!(1_048_577);
+        return json!(if ceiling { 1_u64 << 50 } else { 1_048_575 });
     }
     if text.contains("\"integer\"") {
-        return json!(15);
+        return json!(if ceiling { 2_000_000_000 } else { 15 });
     }
     panic!("{key}: say in this test what another value of {leaf} is")
 }
