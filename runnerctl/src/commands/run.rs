@@ -6,7 +6,7 @@ use futures::future::OptionFuture;
 use serde_json::json;
 use worker_client::{
     Event, Finished, Irregular, RunHandle, RunOptions, RunSpec, StreamEvent,
-    proto::{self, RunState},
+    proto::{self, Cause, RunState},
 };
 
 use super::{Service, is_table, is_watched};
@@ -80,7 +80,8 @@ pub(super) async fn execute(endpoint: &str, args: RunArgs, format: Format) -> Re
         }
         Watched::Left(exit) => {
             let id = handle.id();
-            output::note(&format!("detached; the run goes on\n  To see it again: runnerctl logs -f {id}"));
+            let again = if plan.input.is_some() { "attach" } else { "logs -f" };
+            output::note(&format!("detached; the run goes on\n  To see it again: runnerctl {again} {id}"));
             Ok(exit)
         }
     }
@@ -369,7 +370,10 @@ async fn download(service: &Service, end: &Finished, plan: &Plan) -> Result<(), 
             Err(error)
                 if error.kind() == worker_client::ErrorKind::NotFound && end.state != RunState::Succeeded =>
             {
-                output::note(&error.to_string());
+                // Told already, where that is why the run failed.
+                if end.cause() != Cause::Output {
+                    output::note(&error.to_string());
+                }
             }
             Err(error) => return Err(service.failure(&error)),
         }
