@@ -67,7 +67,7 @@ impl World {
             default_backend: "fake".parse()?,
             clock,
             ids,
-            limits: Limits::default(),
+            limits: Limits { live_runs: u64::MAX, live_runs_per_tenant: u64::MAX, ..Limits::default() },
             options: Options::default(),
             meter: Arc::new(NoMeter),
         };
