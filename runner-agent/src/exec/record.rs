@@ -7,7 +7,7 @@
 use std::{
     fs,
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -101,6 +101,56 @@ fn write_aside<T: Serialize>(dir: &Path, name: &str, record: &T) -> Result<(Path
         return Err(RecordError::io(&aside, error));
     }
     Ok((aside, path))
+}
+
+/// A record whose place on the disk is taken before what it says is known.
+#[derive(Debug)]
+pub(crate) struct Reserved {
+    file: fs::File,
+    aside: PathBuf,
+    path: PathBuf,
+}
+
+impl Reserved {
+    /// More than a record of this kind needs.
+    const RECORD_BYTES: usize = 4096;
+
+    /// Takes the place, and as much again for [`give_way`](Self::give_way).
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn take(dir: &Path, name: &str) -> Result<Self, RecordError> {
+        let (aside, path) = (dir.join(format!(".{name}")), dir.join(name));
+        let options = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&aside);
+        let written =
+            options.and_then(|mut file| file.write_all(&[b' '; 2 * Self::RECORD_BYTES]).map(|()| file));
+        match written {
+            Ok(file) => Ok(Self { file, aside, path }),
+            Err(error) => {
+                let _ = fs::remove_file(&aside);
+                Err(RecordError::io(&aside, error))
+            }
+        }
+    }
+
+    /// Leaves some room to others. What is left suffices for the record.
+    pub(crate) fn give_way(&self) {
+        let _ = self.file.set_len(Self::RECORD_BYTES as u64);
+    }
+
+    /// Writes the record into its place and gives it its name.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn write<T: Serialize>(self, record: &T) -> Result<(), RecordError> {
+        let bytes = serde_json::to_vec(record)
+            .map_err(|source| RecordError::Malformed { path: self.path.clone(), source })?;
+        self.file
+            .write_all_at(&bytes, 0)
+            .and_then(|()| self.file.set_len(bytes.len() as u64))
+            .and_then(|()| fs::rename(&self.aside, &self.path))
+            .map_err(|error| RecordError::io(&self.path, error))
+    }
 }
 
 /// What `/proc/PID/stat` says of a process, as far as it is needed here.

@@ -26,7 +26,7 @@ use super::{
     child::{self, Plan},
     control::Control,
     protocol::{ExecSpec, ExitReason, ExitRecord, Root, name},
-    record,
+    record::{self, Reserved},
     spool::Spool,
     sys::{self, CStrings, Forked},
     tree,
@@ -39,9 +39,6 @@ const PIPE_BYTES: usize = 1024 * 1024;
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the removal of the control group is tried.
 const CLEAN_UP: Duration = Duration::from_secs(10);
-
-const RESERVE: &str = ".reserve";
-const RESERVE_BYTES: u64 = 64 * 1024;
 
 /// How an attempt at being the shim ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,15 +69,21 @@ pub fn run(dir: &Path) -> ShimExit {
     if !claimed {
         return ShimExit::Refused;
     }
-    reserve(dir);
+    // The end must be sayable on a disk that the log has filled meanwhile.
+    let ending = match Reserved::take(dir, name::EXIT) {
+        Ok(ending) => ending,
+        Err(error) => {
+            tell(dir, &error.to_string());
+            return ShimExit::Failed;
+        }
+    };
     let record = match record::read::<ExecSpec>(dir, name::EXEC) {
-        Ok(Some(spec)) => execute(dir, &spec, &clock),
+        Ok(Some(spec)) => execute(dir, &spec, &clock, &ending),
         Ok(None) => failed(&clock, format!("{} is missing", name::EXEC)),
         Err(error) => failed(&clock, error.to_string()),
     };
-    release(dir);
     let _ = fs::remove_file(dir.join(name::CONTROL));
-    match record::write(dir, name::EXIT, &record) {
+    match ending.write(&record) {
         Ok(()) => ShimExit::Recorded,
         Err(error) => {
             tell(dir, &error.to_string());
@@ -120,18 +123,6 @@ fn become_independent(dir: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Sets room aside, so that the end can be said on a disk that the log has filled. Where the file system cannot do it, the
-/// end is said where there is room.
-fn reserve(dir: &Path) {
-    if let Ok(file) = fs::File::create(dir.join(RESERVE)) {
-        let _ = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES);
-    }
-}
-
-fn release(dir: &Path) {
-    let _ = fs::remove_file(dir.join(RESERVE));
-}
-
 fn tell(dir: &Path, text: &str) {
     use std::io::Write as _;
     if let Ok(mut file) = fs::File::options().append(true).create(true).open(dir.join(name::ERRORS)) {
@@ -150,7 +141,7 @@ fn failed(clock: &SystemClock, why: String) -> ExitRecord {
 }
 
 /// Executes it and says how it ended.
-fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock) -> ExitRecord {
+fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock, ending: &Reserved) -> ExitRecord {
     if let Err(fault) = check(spec) {
         return failed(clock, fault);
     }
@@ -176,7 +167,10 @@ fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock) -> ExitRecord {
     if !watch.drain(DRAIN) {
         watch.note("shim", format!("an output was still open {DRAIN:?} after the death of all processes"));
     }
-    release(dir);
+    if watch.spool.has_failed() {
+        // The log's own word of what is missing fits into this.
+        ending.give_way();
+    }
     for note in watch.spool.finish(clock) {
         watch.note("shim", note);
     }

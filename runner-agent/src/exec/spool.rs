@@ -146,6 +146,11 @@ impl Spool {
         notes
     }
 
+    /// Whether the disk has ever refused to take something.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failure.is_some()
+    }
+
     /// Every byte that the program wrote, kept or dropped.
     pub(crate) fn end(&self) -> u64 {
         self.end

@@ -224,7 +224,11 @@ impl<'a> Watch<'a> {
                 tv_nsec: left.subsec_nanos().into(),
             }
         });
-        let listening = |output: &Output| output.open && output.paused.is_none_or(|until| until <= now);
+        // The program may write before its parent comes to say that it was executed. Its output waits in the pipe, so that
+        // the record of the start is there before the log.
+        let started = self.seen.started.is_some();
+        let listening =
+            |output: &Output| started && output.open && output.paused.is_none_or(|until| until <= now);
         let mut fds: Vec<PollFd<'_>> = self
             .outputs
             .iter()
@@ -384,20 +388,7 @@ impl<'a> Watch<'a> {
             }
             Message::Born(pid) => self.program = self.find_program(pid),
             Message::Failed(fault) => self.seen.fault = Some(fault),
-            Message::NotExecuted(error) => {
-                self.seen.not_executed = Some(error);
-                let program = self.spec.argv.first().map_or("", String::as_str);
-                let text = match error {
-                    Errno::NOENT => format!("{program}: not found"),
-                    error => format!("{program}: {error}"),
-                };
-                let (stream, end) = match self.spec.terminal {
-                    Some(_) => (LogStream::Terminal, "\r\n"),
-                    None => (LogStream::Stderr, "\n"),
-                };
-                self.spool.append(self.clock, stream, format!("runner: {text}{end}").as_bytes());
-                self.note("shim", format!("cannot execute {text}"));
-            }
+            Message::NotExecuted(error) => self.seen.not_executed = Some(error),
             Message::Executed => {
                 if self.seen.fault.is_some() {
                     return;
@@ -407,12 +398,30 @@ impl<'a> Watch<'a> {
                 if let Err(error) = record::write(self.dir, name::STARTED, &record) {
                     self.note("shim", error.to_string());
                 }
+                if let Some(error) = self.seen.not_executed {
+                    self.tell_not_executed(error);
+                }
             }
             Message::Ended { status, cpu, max_memory_bytes } => {
                 let (at, time) = (self.clock.monotonic(), self.clock.now());
                 self.seen.ended = Some(Ended { status, cpu, max_memory_bytes, at, time });
             }
         }
+    }
+
+    /// Says in the log, as a shell would, why the program could not be executed.
+    fn tell_not_executed(&mut self, error: Errno) {
+        let program = self.spec.argv.first().map_or("", String::as_str);
+        let text = match error {
+            Errno::NOENT => format!("{program}: not found"),
+            error => format!("{program}: {error}"),
+        };
+        let (stream, end) = match self.spec.terminal {
+            Some(_) => (LogStream::Terminal, "\r\n"),
+            None => (LogStream::Stderr, "\n"),
+        };
+        self.spool.append(self.clock, stream, format!("runner: {text}{end}").as_bytes());
+        self.note("shim", format!("cannot execute {text}"));
     }
 
     /// Gets a handle on the program: the child of the first process that has this pid.

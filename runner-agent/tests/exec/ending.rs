@@ -251,10 +251,13 @@ fn an_output_that_is_held_open_elsewhere_does_not_hold_the_end_up_for_ever() {
     if !is_root() {
         return skip("not root: cannot open another's pipe");
     }
-    let running = Running::start(shell("echo ready; sleep 0.3"));
+    let mut spec = shell("echo ready; cat");
+    spec.stdin = true;
+    let running = Running::start(spec);
     running.wait_for_output("ready");
     let pid = client::started(running.dir()).unwrap().unwrap().pid;
     let held = fs::File::options().write(true).open(format!("/proc/{pid}/fd/1")).unwrap();
+    client::control(running.dir(), &ControlRequest::Eof, DEADLINE).unwrap();
     let done = running.finish();
     drop(held);
     assert_eq!(done.exit.status, Some(ExitStatus::Code(0)));

@@ -89,9 +89,7 @@ fn input_for_a_program_that_closed_it_is_refused() {
     let running = Running::start(spec);
     running.wait_for_output("closed");
     // The first process lets go of its own end of the pipe a moment after the program was executed.
-    crate::harness::wait_for("a refusal", || {
-        matches!(ask(&running, &input(b"x")), ControlReply::Refused(_))
-    });
+    crate::harness::wait_for("a refusal", || matches!(ask(&running, &input(b"x")), ControlReply::Refused(_)));
     ask(&running, &ControlRequest::Stop { grace_ms: 100 });
     running.finish();
 }
@@ -133,8 +131,14 @@ fn a_terminal_echoes_resizes_and_ends_its_input() {
 
 #[test]
 fn control_c_in_a_terminal_is_a_signal_to_the_program() {
-    let running = terminal("echo ready; cat", true);
-    running.wait_for_output("ready");
+    // Not by way of a shell, which catches it for itself.
+    let mut spec = spec(&["cat"]);
+    spec.terminal = Some(TerminalSize::default());
+    spec.stdin = true;
+    let running = Running::start(spec);
+    running.wait_for_start();
+    assert_eq!(ask(&running, &input(b"typed\n")), ControlReply::Ok);
+    running.wait_for_output("typed\r\ntyped\r\n");
     assert_eq!(ask(&running, &input(b"\x03")), ControlReply::Ok);
     let done = running.finish();
     assert_eq!((done.exit.reason, done.exit.status), (ExitReason::Exited, Some(ExitStatus::Signal(2))));
