@@ -5,4 +5,5 @@ pub mod backend;
 pub mod binaries;
 pub mod log;
 pub mod proc;
+pub mod service;
 pub mod store;

@@ -253,11 +253,10 @@ pub fn command(program: &Program) -> Vec<String> {
             let script = "seq 1 999999999 | head -c $1 & seq 1 999999999 | head -c $1 >&2; wait";
             shell(script, &[&bytes.to_string()])
         }
-        // `tail` keeps the last line in memory, and the zeros are one line. It is the program itself, not its child.
+        // One allocation, made at once and then filled: the kernel meets its limit in memory that is being used, not in a
+        // further allocation, which it could refuse. It is the program itself, not its child.
         Program::TakeMemory(bytes) => {
-            let script =
-                "mkfifo /tmp/f && { head -c $1 /dev/zero > /tmp/f & exec tail -n 1 < /tmp/f > /dev/null; }";
-            shell(script, &[&bytes.to_string()])
+            plain(&["dd", "if=/dev/zero", "of=/dev/null", "count=1", &format!("bs={bytes}")])
         }
         Program::Fork(count) => {
             let script = r#"if (i=0; while [ $i -lt $1 ]; do sleep 20 & i=$((i+1)); done) >/dev/null 2>&1

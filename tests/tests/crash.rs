@@ -1,0 +1,372 @@
+//! `kill -9` of the service at every named crash point of a run's life, and at other bad moments.
+//!
+//! After a restart: no accepted run is lost, it has one terminal state and had one workload, its log is exact to the byte,
+//! its outputs are right, and nothing is left behind.
+
+use std::{fs, os::unix::process::ExitStatusExt as _, time::Duration};
+
+use runner_core::fake::backend::Flood;
+use runner_tests::{
+    proc,
+    service::{Service, Watched, Witness, eventually, watch, watch_for, within},
+};
+use worker_client::{Client, RunHandle, RunOptions, RunSpec, TransferOptions, proto};
+
+const SIGKILL: i32 = 9;
+/// More than one segment of the stored log.
+const FLOOD_BYTES: usize = 3 * 1024 * 1024;
+const INPUT: &[u8] = b"what the input says\n";
+
+/// A run with an input, an output and both streams.
+fn busy(witness: &Witness, input: &str) -> RunSpec {
+    let script = format!(
+        r#"{}
+        cat /inputs/data > /outputs/copy
+        echo begin; echo problems >&2
+        seq 1 999999999 2>/dev/null | head -c {FLOOD_BYTES}
+        sleep 0.3
+        echo end"#,
+        witness.line()
+    );
+    RunSpec::command(["bash", "-c", &script])
+        .input("/inputs/data", input)
+        .output("/outputs/copy")
+        .network_egress()
+}
+
+/// A run that only a cancel ends.
+fn endless(witness: &Witness) -> RunSpec {
+    let script = format!("{}\necho ready; exec sleep 100000", witness.line());
+    RunSpec::command(["bash", "-c", &script]).network_egress().stop_grace(Duration::from_secs(2))
+}
+
+fn expected_out() -> Vec<u8> {
+    [b"begin\n".to_vec(), Flood::new(false).take(FLOOD_BYTES), b"end\n".to_vec()].concat()
+}
+
+async fn upload(client: &Client) -> String {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(file.path(), INPUT).expect("write the input");
+    client.upload_file(file.path(), TransferOptions::default()).await.expect("upload the input").uri
+}
+
+async fn run_with_key(client: &Client, spec: &RunSpec) -> Result<RunHandle, worker_client::ClientError> {
+    let options = RunOptions { run_id: None, idempotency_key: Some("the one run".into()) };
+    client.run_with(spec.clone(), options).await
+}
+
+fn assert_killed(status: std::process::ExitStatus, point: &str) {
+    assert_eq!(status.signal(), Some(SIGKILL), "the service was to die at {point}: {status}");
+}
+
+/// States never go back, and each is told once.
+fn assert_one_life(watched: &Watched, end: proto::RunState) {
+    let numbers: Vec<i32> = watched.states.iter().map(|(state, _)| *state as i32).collect();
+    assert!(numbers.is_sorted_by(|a, b| a < b), "{:?}", watched.states);
+    assert_eq!(watched.end().state, end, "{:?}", watched.end());
+    assert_eq!(watched.end().outcome.attempt, 1);
+    assert!(watched.states.iter().all(|(_, attempt)| *attempt <= 1), "{:?}", watched.states);
+}
+
+async fn assert_the_only_run(client: &Client, id: &str) {
+    let listed = client.list_page(proto::ListRequest::default()).await.expect("list");
+    let ids: Vec<&str> = listed.runs.iter().map(|run| run.run_id.as_str()).collect();
+    assert_eq!(ids, [id]);
+}
+
+async fn assert_outputs(client: &Client, watched: &Watched) {
+    let manifest = watched.end().outputs().expect("outputs");
+    assert!(!manifest.partial);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let taken = client.download_outputs(manifest, dir.path(), TransferOptions::default()).await;
+    assert_eq!(taken.expect("download the outputs").len(), 1);
+    assert_eq!(fs::read(dir.path().join("outputs/copy")).expect("the output"), INPUT);
+}
+
+/// Dies at `point` in the life of a run that would succeed; it succeeds nevertheless.
+async fn survives(point: &str) {
+    let witness = Witness::listen().await;
+    let mut service = Service::start_with(&[]).await;
+    let input = upload(&service.client()).await;
+    service.kill();
+    service.restart(&[("RUNNER_CRASH_AT", point)]).await;
+    let spec = busy(&witness, &input);
+    // The service may die before it answers, or right after.
+    let answered = run_with_key(&service.client(), &spec).await.map(|handle| handle.id().to_owned()).ok();
+    assert_killed(service.ended().await, point);
+    service.restart(&[]).await;
+    let client = service.client();
+    let handle = run_with_key(&client, &spec).await.expect("repeat the call");
+    if let Some(id) = answered {
+        assert_eq!((id.as_str(), handle.created()), (handle.id(), false), "an accepted run is not lost");
+    }
+    let id = handle.id();
+    let watched = watch(&client, id, "").await;
+    assert_one_life(&watched, proto::RunState::Succeeded);
+    assert_eq!(watched.end().exit_code(), Some(0));
+    assert!(watched.out == expected_out(), "standard output differs: {} bytes", watched.out.len());
+    assert_eq!(String::from_utf8_lossy(&watched.err), "problems\n");
+    assert_eq!(watched.dropped, 0);
+    assert_outputs(&client, &watched).await;
+    witness.assert_one_start(id).await;
+    assert_the_only_run(&client, id).await;
+    service.assert_clean(&[id]).await;
+    // The same after one more crash.
+    service.kill();
+    service.restart(&[]).await;
+    let again = watch(&service.client(), id, "").await;
+    assert_eq!((again.states, again.end), (watched.states, watched.end));
+    assert!(again.out == watched.out && again.err == watched.err, "the stored log differs");
+    witness.assert_one_start(id).await;
+}
+
+/// Dies at `point` in a cancel; the run is cancelled nevertheless. `durable`: without asking again.
+async fn survives_in_cancel(point: &str, durable: bool) {
+    let witness = Witness::listen().await;
+    let mut service = Service::start_with(&[("RUNNER_CRASH_AT", point)]).await;
+    let spec = endless(&witness);
+    let client = service.client();
+    let handle = run_with_key(&client, &spec).await.expect("run");
+    let id = handle.id();
+    watch_for(&client, id, "ready").await;
+    let answered = client.cancel(id, "enough").await.is_ok();
+    assert_killed(service.ended().await, point);
+    service.restart(&[]).await;
+    let client = service.client();
+    if !durable {
+        assert!(!answered, "cancel answered before its intent was stored");
+        let run = client.get(id).await.expect("get");
+        assert_eq!((run.state(), run.cancel_requested), (proto::RunState::Running, false));
+        client.cancel(id, "enough").await.expect("cancel again");
+    }
+    let watched = watch(&client, id, "").await;
+    assert_one_life(&watched, proto::RunState::Cancelled);
+    assert_eq!(watched.end().cause(), proto::Cause::Cancelled);
+    assert_eq!(String::from_utf8_lossy(&watched.out), "ready\n", "the log is kept");
+    witness.assert_one_start(id).await;
+    assert_the_only_run(&client, id).await;
+    service.assert_clean(&[id]).await;
+}
+
+macro_rules! points {
+    (
+        survives { $($name:ident = $point:literal,)* }
+        cancels { $($cancel:ident = $cancel_point:literal $durable:literal,)* }
+    ) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                survives($point).await;
+            }
+        )*
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $cancel() {
+                survives_in_cancel($cancel_point, $durable).await;
+            }
+        )*
+
+        #[test]
+        fn every_crash_point_has_its_test() {
+            assert_eq!(runner_core::crash::POINTS, [$($point,)* $($cancel_point,)*]);
+        }
+    };
+}
+
+points! {
+    survives {
+        a_crash_before_accepting_loses_nothing = "run.before-accept",
+        a_crash_after_accepting_loses_nothing = "run.accepted",
+        a_crash_before_preparing_loses_nothing = "attempt.before-preparing",
+        a_crash_while_preparing_loses_nothing = "attempt.preparing",
+        a_crash_after_the_workload_was_made_loses_nothing = "attempt.ensured",
+        a_crash_before_running_is_stored_loses_nothing = "attempt.before-running",
+        a_crash_while_running_loses_nothing = "attempt.running",
+        a_crash_after_a_piece_of_the_log_loses_nothing = "log.appended",
+        a_crash_after_a_stored_segment_loses_nothing = "log.segment-stored",
+        a_crash_after_the_exit_loses_nothing = "attempt.exited",
+        a_crash_while_publishing_loses_nothing = "attempt.publishing",
+        a_crash_after_a_stored_output_loses_nothing = "outputs.file-stored",
+        a_crash_after_the_manifest_loses_nothing = "outputs.manifest-stored",
+        a_crash_after_publishing_loses_nothing = "attempt.published",
+        a_crash_after_the_log_was_sealed_loses_nothing = "log.sealed",
+        a_crash_before_the_terminal_state_loses_nothing = "run.before-terminal",
+        a_crash_after_the_terminal_state_loses_nothing = "run.terminal",
+        a_crash_after_the_removal_loses_nothing = "workload.removed",
+    }
+    cancels {
+        a_crash_before_the_intent_to_cancel_changes_nothing = "cancel.before-intent" false,
+        a_crash_after_the_intent_to_cancel_cancels = "cancel.intent" true,
+        a_crash_after_the_workload_was_stopped_cancels = "cancel.stopped" true,
+    }
+}
+
+/// Kills the service again and again while a program writes 64 MiB.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn crashes_in_the_middle_of_a_long_log_lose_no_byte() {
+    const BYTES: usize = 64 * 1024 * 1024;
+    let mut service = Service::start().await;
+    // In pieces with pauses, so that the program outlives the crashes.
+    let script = format!(
+        "seq 1 999999999 2>/dev/null | head -c {BYTES} | \
+         while head -c 4194304 > /tmp/piece && [ -s /tmp/piece ]; do cat /tmp/piece; sleep 0.2; done"
+    );
+    let handle = service.client().run(RunSpec::command(["sh", "-c", &script])).await.expect("run");
+    let id = handle.id();
+    for _ in 0..3 {
+        let before = log_bytes(&service.client(), id).await;
+        let client = service.client();
+        eventually("more of the log", async || {
+            (log_bytes(&client, id).await > before + 1_000_000).then_some(())
+        })
+        .await;
+        service.kill();
+        service.restart(&[]).await;
+    }
+    let client = service.client();
+    let watched = watch(&client, id, "").await;
+    assert_eq!(watched.end().exit_code(), Some(0), "{:?}", watched.end());
+    assert!(watched.out == Flood::new(false).take(BYTES), "the log differs: {} bytes", watched.out.len());
+    service.assert_clean(&[id]).await;
+}
+
+/// Offset of the end of what a watcher sees now.
+async fn log_bytes(client: &Client, id: &str) -> u64 {
+    let options = worker_client::StreamOptions::default().without_following();
+    let mut events = client.stream(id, options);
+    let mut end = 0;
+    while let Some(event) = within("the next event", events.next()).await {
+        if let worker_client::Event::Log(frame) = event.expect("the stream goes on").event {
+            end = frame.offset + frame.data.len() as u64;
+        }
+    }
+    end
+}
+
+/// A stream that a caller follows goes on over crashes, without a gap or a repeat.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watcher_sees_a_whole_log_over_crashes() {
+    let mut service = Service::start().await;
+    let client = service.patient_client();
+    let script = "i=0; while [ $i -lt 100 ]; do echo $i; i=$((i+1)); sleep 0.05; done";
+    let handle = client.run(RunSpec::command(["sh", "-c", script])).await.expect("run");
+    let id = handle.id().to_owned();
+    let crashes = async {
+        for line in ["10\n", "40\n", "70\n"] {
+            watch_for(&service.client(), &id, line).await;
+            service.kill();
+            service.restart(&[]).await;
+        }
+    };
+    let (watched, ()) = futures::future::join(watch(&client, &id, ""), crashes).await;
+    let expected: String = (0..100).map(|number| format!("{number}\n")).collect();
+    assert_eq!(String::from_utf8_lossy(&watched.out), expected);
+    assert_one_life(&watched, proto::RunState::Succeeded);
+    service.assert_clean(&[&id]).await;
+}
+
+/// A shim that is killed takes what it knew with it: the run is lost, never a success, and its processes are gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_shim_is_no_success_and_leaves_nothing() {
+    let service = Service::start().await;
+    let client = service.client();
+    // Both a program that would have succeeded by itself and one that never ends.
+    for script in ["echo ready; sleep 2; exit 0", "trap '' TERM; echo ready; while :; do sleep 1; done"] {
+        let handle = client.run(RunSpec::command(["sh", "-c", script])).await.expect("run");
+        watch_for(&client, handle.id(), "ready").await;
+        let local = service.data_dir().join("local");
+        let shims: Vec<i32> = proc::pids_naming(&local)
+            .into_iter()
+            .filter(|pid| u32::try_from(*pid) != Ok(service.pid()))
+            .collect();
+        assert!(!shims.is_empty(), "the shim is found by its command line");
+        shims.into_iter().for_each(proc::kill);
+        let watched = watch(&client, handle.id(), "").await;
+        assert_eq!(watched.end().state, proto::RunState::Failed, "{:?}", watched.end());
+        assert_eq!(watched.end().cause(), proto::Cause::Lost, "{:?}", watched.end());
+        assert_eq!(watched.end().exit_code(), None);
+        assert!(!watched.end().outcome.evidence.is_empty());
+        assert_eq!(String::from_utf8_lossy(&watched.out), "ready\n", "the log so far is kept");
+        service.assert_clean(&[handle.id()]).await;
+    }
+}
+
+/// The shim dies while the service is dead too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shim_that_died_while_the_service_was_away_is_no_success() {
+    let mut service = Service::start().await;
+    let spec = RunSpec::command(["sh", "-c", "echo ready; exec sleep 100000"]);
+    let handle = service.client().run(spec).await.expect("run");
+    let id = handle.id();
+    watch_for(&service.client(), id, "ready").await;
+    service.kill();
+    proc::pids_naming(&service.data_dir().join("local")).into_iter().for_each(proc::kill);
+    service.restart(&[]).await;
+    let watched = watch(&service.client(), id, "").await;
+    assert_eq!((watched.end().state, watched.end().cause()), (proto::RunState::Failed, proto::Cause::Lost));
+    assert_eq!(String::from_utf8_lossy(&watched.out), "ready\n");
+    service.assert_clean(&[id]).await;
+}
+
+/// What ran out while the service was away still ends at its own timeout, told as such.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_timeout_counts_while_the_service_is_away() {
+    let mut service = Service::start().await;
+    let spec =
+        RunSpec::command(["sh", "-c", "echo ready; exec sleep 100000"]).timeout(Duration::from_secs(2));
+    let handle = service.client().run(spec).await.expect("run");
+    let id = handle.id();
+    watch_for(&service.client(), id, "ready").await;
+    service.kill();
+    let local = service.data_dir().join("local");
+    eventually("the end of the program", async || {
+        proc::with_environment("RUNNER_RUN_ID", id).is_empty().then_some(())
+    })
+    .await;
+    assert!(local.exists());
+    service.restart(&[]).await;
+    let watched = watch(&service.client(), id, "").await;
+    assert_eq!(
+        (watched.end().state, watched.end().cause()),
+        (proto::RunState::Failed, proto::Cause::TimedOut)
+    );
+    service.assert_clean(&[id]).await;
+}
+
+/// Workloads live on over an ordinary restart too, and the shutdown is bounded.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_polite_restart_keeps_what_runs() {
+    let witness = Witness::listen().await;
+    let mut service = Service::start().await;
+    let script = format!("{}\necho ready; sleep 3; echo done; exit 5", witness.line());
+    let spec = RunSpec::command(["bash", "-c", &script]).network_egress();
+    let handle = service.client().run(spec).await.expect("run");
+    let id = handle.id();
+    watch_for(&service.client(), id, "ready").await;
+    service.terminate();
+    let status = service.ended().await;
+    assert_eq!(status.code(), Some(0), "an ordinary end: {status}\n{}", service.log());
+    service.restart(&[]).await;
+    let watched = watch(&service.client(), id, "").await;
+    assert_eq!(watched.end().exit_code(), Some(5), "{:?}", watched.end());
+    assert_eq!(String::from_utf8_lossy(&watched.out), "ready\ndone\n");
+    witness.assert_one_start(id).await;
+    service.assert_clean(&[id]).await;
+}
+
+/// The second of two services on one data directory refuses, says why, and harms nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_service_on_the_same_data_directory_refuses() {
+    let service = Service::start().await;
+    let client = service.client();
+    let spec = RunSpec::command(["sh", "-c", "echo ready; exec sleep 100000"]);
+    let handle = client.run(spec).await.expect("run");
+    watch_for(&client, handle.id(), "ready").await;
+    let (status, said) = service.second().await;
+    assert!(!status.success() && status.code().is_some(), "{status}");
+    let data_dir = service.data_dir();
+    assert!(said.contains(&*data_dir.to_string_lossy()), "it names the directory: {said}");
+    handle.cancel("the first still serves").await.expect("cancel");
+    assert_eq!(handle.wait().await.expect("the end").state, proto::RunState::Cancelled);
+    service.assert_clean(&[handle.id()]).await;
+}
