@@ -1,5 +1,7 @@
 //! The loop that watches over the workload: moves its log, serves the control socket, keeps its deadlines, sees its end.
 
+mod serve;
+
 use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
@@ -14,13 +16,12 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
     process::{Pid, Signal},
-    termios::{SpecialCodeIndex, Winsize},
 };
 
 use super::{
     child::{self, Message},
-    control::{ConnectionId, Control, PendingInput},
-    protocol::{ControlReply, ControlRequest, ExecSpec, ExitReason, StartedRecord, name},
+    control::{Control, PendingInput},
+    protocol::{ExecSpec, ExitReason, StartedRecord, name},
     record,
     spool::Spool,
     sys::{self, Waited},
@@ -490,85 +491,6 @@ impl<'a> Watch<'a> {
             }
         }
         true
-    }
-
-    fn serve_control(&mut self) {
-        self.control.exchange();
-        self.continue_input();
-        while let Some((from, request)) = self.control.next_request(self.pending.is_some()) {
-            if let Some(reply) = self.serve(from, request) {
-                self.control.reply(from, &reply);
-            }
-            self.continue_input();
-            // The next request of the same connection may have come with it.
-            self.control.exchange();
-        }
-    }
-
-    /// Serves a request. `None`: the reply comes later.
-    fn serve(&mut self, from: ConnectionId, request: ControlRequest) -> Option<ControlReply> {
-        let refused = |why: &str| Some(ControlReply::Refused(why.to_owned()));
-        match request {
-            ControlRequest::Stop { grace_ms } => {
-                self.stop(Duration::from_millis(grace_ms));
-                Some(ControlReply::Ok)
-            }
-            ControlRequest::Resize(size) => {
-                let Some(terminal) = &self.terminal else { return refused("there is no terminal") };
-                let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
-                match rustix::termios::tcsetwinsize(terminal, size) {
-                    Ok(()) => Some(ControlReply::Ok),
-                    Err(error) => refused(&error.to_string()),
-                }
-            }
-            ControlRequest::Stdin(bytes) => match self.input {
-                Input::Pipe(_) | Input::Terminal(_) => {
-                    self.pending = Some(PendingInput { from, bytes, then_close: false });
-                    None
-                }
-                Input::None if self.spec.stdin => refused("the program does not run yet"),
-                Input::None => refused("the run has no standard input"),
-                Input::Closed => refused("standard input is closed"),
-            },
-            ControlRequest::Eof => match &self.input {
-                Input::Pipe(_) => {
-                    self.pending = Some(PendingInput { from, bytes: Default::default(), then_close: true });
-                    None
-                }
-                Input::Terminal(terminal) => match rustix::termios::tcgetattr(terminal) {
-                    // As if it were typed: what it means is up to the terminal's mode.
-                    Ok(mode) => {
-                        let key = [mode.special_codes[SpecialCodeIndex::VEOF]];
-                        let bytes = bytes::Bytes::copy_from_slice(&key);
-                        self.pending = Some(PendingInput { from, bytes, then_close: false });
-                        None
-                    }
-                    Err(error) => refused(&error.to_string()),
-                },
-                Input::None if self.spec.stdin => refused("the program does not run yet"),
-                Input::None => refused("the run has no standard input"),
-                Input::Closed => Some(ControlReply::Ok),
-            },
-        }
-    }
-
-    fn continue_input(&mut self) {
-        let Some(pending) = &mut self.pending else { return };
-        let result = match &self.input {
-            Input::Pipe(fd) | Input::Terminal(fd) => pending.write(fd),
-            Input::None | Input::Closed => Some(Err(Errno::PIPE)),
-        };
-        let Some(result) = result else { return };
-        let (from, close) = (pending.from, pending.then_close || result.is_err());
-        self.pending = None;
-        if close {
-            self.input = Input::Closed;
-        }
-        let reply = match result {
-            Ok(()) => ControlReply::Ok,
-            Err(_) => ControlReply::Refused("the program has closed its standard input".to_owned()),
-        };
-        self.control.reply(from, &reply);
     }
 
     fn take_signals(&mut self) {
