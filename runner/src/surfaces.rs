@@ -91,7 +91,7 @@ impl Surfaces {
             draining: draining.clone(),
             writing: Arc::new(std::sync::Mutex::new(HashSet::new())),
         };
-        let router = routes.prepare().into_axum_router().merge(blob::router(blobs));
+        let router = routes.into_axum_router().merge(blob::router(blobs)).fallback(nothing_here).with_state(());
         let probe = Arc::new(ReadyProbe::new(Arc::clone(&service), Arc::clone(&clock), draining.clone()));
         let server = Server {
             name: "api",
@@ -127,6 +127,19 @@ impl Surfaces {
         // Its connections are dropped by `abort`, so this is over at once.
         let _ = self.ops.await;
     }
+}
+
+/// An answer in the words of whoever asked: gRPC's own, or HTTP's.
+async fn nothing_here(headers: http::HeaderMap) -> http::Response<axum::body::Body> {
+    let grpc = headers
+        .get(http::header::CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+    if grpc {
+        return tonic::Status::unimplemented("there is no such method").into_http();
+    }
+    let mut response = http::Response::new(axum::body::Body::from("there is nothing here; see /healthz on the other port\n"));
+    *response.status_mut() = http::StatusCode::NOT_FOUND;
+    response
 }
 
 async fn report_health(health: Health, probe: Arc<ReadyProbe>, draining: CancellationToken) {
