@@ -237,8 +237,11 @@ impl Shared {
         }
         let base = self.workloads.base();
         let trial = base.join(".health");
-        if let Err(error) = fs::write(&trial, b"x").and_then(|()| fs::remove_file(&trial)) {
-            return sick(format!("{} cannot be written to: {error}", base.display()));
+        match fs::write(&trial, b"x").and_then(|()| fs::remove_file(&trial)) {
+            Ok(()) => {}
+            // Another check removed it meanwhile.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && base.is_dir() => {}
+            Err(error) => return sick(format!("{} cannot be written to: {error}", base.display())),
         }
         let free = match rustix::fs::statvfs(base) {
             Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize),

@@ -1,6 +1,7 @@
 //! What this machine allows, found out by trying, and what the backend can promise on it.
 
 use std::{
+    fs,
     io::Read as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -15,6 +16,7 @@ use crate::{
     cgroup::Cgroups,
     config::{HOST_IMAGE, LocalConfig},
     error::OpenError,
+    remove::remove_tree,
 };
 
 /// How long the agent may take to find out what the machine allows.
@@ -39,7 +41,13 @@ impl Machine {
         base: &Path,
         tag: String,
     ) -> Result<Self, OpenError> {
-        let probe = probe(agent, base).await?;
+        // A directory of its own, removed by us: without root's rights the kernel leaves in it what only we can remove.
+        let trial = base.join(".probe");
+        let fail = |source| OpenError::directory("try what the machine allows in", &trial, source);
+        remove_tree(&trial).and_then(|()| fs::create_dir(&trial)).map_err(fail)?;
+        let probed = probe(agent, &trial).await;
+        remove_tree(&trial).map_err(fail)?;
+        let probe = probed?;
         let parent = config.cgroup_parent.clone();
         let cgroups = tokio::task::spawn_blocking(move || Cgroups::detect(parent.as_deref(), &tag))
             .await
