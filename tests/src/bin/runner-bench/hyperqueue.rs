@@ -17,14 +17,14 @@ os.chdir(tempfile.mkdtemp())
 with LocalCluster() as cluster:
     cluster.start_worker(WorkerConfig(cores=64))
     client = cluster.client()
-    print("ready", flush=True)
+    print("answer ready", flush=True)
     for line in sys.stdin:
         job = Job()
         for _ in range(int(line)):
             job.program(["/bin/true"])
         begin = time.perf_counter()
         client.wait_for_jobs([client.submit(job)])
-        print(time.perf_counter() - begin, flush=True)
+        print("answer", time.perf_counter() - begin, flush=True)
 "#;
 
 /// A HyperQueue cluster of one worker with 64 slots.
@@ -57,12 +57,16 @@ impl HyperQueue {
         if first == "ready" { Ok(queue) } else { Err(format!("it said {first:?}").into()) }
     }
 
+    /// The next answer of the script; HyperQueue itself prints between them.
     fn line(&mut self) -> Result<String, Fault> {
         let mut line = String::new();
-        if self.answers.read_line(&mut line)? == 0 {
-            return Err("it ended".into());
+        while self.answers.read_line(&mut line)? > 0 {
+            if let Some(answer) = line.strip_prefix("answer ") {
+                return Ok(answer.trim().to_owned());
+            }
+            line.clear();
         }
-        Ok(line.trim().to_owned())
+        Err("it ended".into())
     }
 
     /// Executes no-ops; answers the seconds that they took.
