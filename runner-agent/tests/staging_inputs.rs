@@ -390,6 +390,7 @@ async fn a_call_that_is_dropped_leaves_a_root_that_the_next_one_completes() {
 }
 
 #[tokio::test]
+#[allow(clippy::print_stderr, reason = "a skip is told")]
 async fn files_and_directories_are_given_to_the_workload_s_user() {
     use std::os::unix::fs::MetadataExt as _;
 

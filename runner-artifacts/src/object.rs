@@ -132,12 +132,17 @@ impl ArtifactStore for ObjectArtifacts {
                 return Ok((ArtifactMeta { key: key.clone(), size }, stream::empty().boxed()));
             }
         }
-        let range = (!all).then(|| GetRange::Bounded(range));
+        let range = (!all).then_some(GetRange::Bounded(range));
         let options = GetOptions { range, ..GetOptions::default() };
         let result = self.store.get_opts(&path, options).await.map_err(failed)?;
         let meta = ArtifactMeta { key: key.clone(), size: result.meta.size };
         let bytes = result.into_stream().map_err(move |error| mapped(error, context.clone()));
-        Ok((meta, bytes.boxed()))
+        // A store may yield an object in one piece; whoever takes the stream counts on small ones.
+        let bytes = bytes.map_ok(|chunk| {
+            let cuts = (0..chunk.len()).step_by(MIB);
+            stream::iter(cuts.map(move |at| Ok(chunk.slice(at..chunk.len().min(at + MIB)))))
+        });
+        Ok((meta, bytes.try_flatten().boxed()))
     }
 
     async fn head(&self, key: &ArtifactKey) -> Result<ArtifactMeta, ArtifactError> {

@@ -88,6 +88,7 @@ fn what_is_no_object_of_ours_is_not_listed() {
 }
 
 #[test]
+#[allow(clippy::print_stderr, reason = "a skip is told")]
 fn a_full_disk_is_told_as_full_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let Some(_mount) = small_disk(dir.path()) else {
