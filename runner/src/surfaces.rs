@@ -56,6 +56,7 @@ pub struct Surfaces {
     draining: CancellationToken,
     abort: CancellationToken,
     stop_ops: CancellationToken,
+    abort_ops: CancellationToken,
     api: JoinHandle<Option<()>>,
     ops: JoinHandle<Option<()>>,
 }
@@ -70,6 +71,7 @@ impl Surfaces {
         let draining = CancellationToken::new();
         let abort = CancellationToken::new();
         let stop_ops = CancellationToken::new();
+        let abort_ops = CancellationToken::new();
         let api = grpc::Api {
             service: Arc::clone(&service),
             artifacts: Arc::clone(&artifacts),
@@ -101,11 +103,11 @@ impl Surfaces {
             abort: abort.clone(),
         };
         let ops_server =
-            Server { name: "ops", draining: stop_ops.clone(), abort: abort.child_token(), ..server.clone() };
+            Server { name: "ops", draining: stop_ops.clone(), abort: abort_ops.clone(), ..server.clone() };
         task::spawn(TaskKind::Loop, "health", report_health(health.clone(), Arc::clone(&probe), draining.clone()));
         let api = task::spawn(TaskKind::Loop, "api", server.serve(listener, router));
         let ops = task::spawn(TaskKind::Loop, "ops", ops_server.serve(ops_listener, ops::router(probe, metrics)));
-        Ok(Self { service, clock, health, draining, abort, stop_ops, api, ops })
+        Ok(Self { service, clock, health, draining, abort, stop_ops, abort_ops, api, ops })
     }
 
     /// Stops within `drain`: no new connection; streams end with `UNAVAILABLE`, so that clients connect again; calls under
@@ -123,9 +125,12 @@ impl Surfaces {
         if tokio::time::timeout(left, self.service.shutdown()).await.is_err() {
             tracing::warn!("work that did not end in time is given up; the next start takes it up again");
         }
+        // The last to go: until here it says that the service is not ready.
         self.stop_ops.cancel();
-        // Its connections are dropped by `abort`, so this is over at once.
-        let _ = self.ops.await;
+        self.abort_ops.cancel();
+        if self.ops.await.is_err() {
+            tracing::error!("the task of the operators' port was lost");
+        }
     }
 }
 

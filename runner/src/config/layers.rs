@@ -11,19 +11,6 @@ use super::Config;
 /// What every environment variable of the configuration begins with.
 pub const PREFIX: &str = "RUNNER_";
 
-/// Variables that begin so, and are not the configuration's.
-const OTHERS: [&str; 6] = [
-    "RUNNER_CONFIG",
-    "RUNNER_CRASH_AT",
-    "RUNNER_ENDPOINT",
-    "RUNNER_REQUIRE_BACKENDS",
-    "RUNNER_UPDATE_BASELINE",
-    "RUNNER_VERSION",
-];
-
-/// Kubernetes sets these in every pod beside a Service that is named `runner`.
-const SERVICE_LINKS: [&str; 2] = ["RUNNER_PORT", "RUNNER_SERVICE_"];
-
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
@@ -259,14 +246,11 @@ impl Layers {
                 let kinds = leaves.get(*key).copied().unwrap_or_default();
                 set(&mut tree, key, coerce(&text, kinds));
                 sources.insert((*key).clone(), Source::Env(name));
-            } else if name.starts_with(PREFIX)
-                && !OTHERS.contains(&name.as_str())
-                && !SERVICE_LINKS.iter().any(|link| name.starts_with(link))
-            {
+            } else if let Some(hint) = mistake(&name, &variables) {
                 problems.push(Problem {
                     key: name[PREFIX.len()..].to_ascii_lowercase().replace("__", "."),
                     value: None,
-                    message: format!("there is no such key; `runner config schema` lists them{}", close(&name, &variables)),
+                    message: format!("there is no such key; `runner config schema` lists them{hint}"),
                     source: Source::Env(name),
                 });
             }
@@ -296,14 +280,34 @@ impl Layers {
     }
 }
 
-/// A hint, where a name differs from a known one by little.
-fn close(name: &str, variables: &BTreeMap<String, &String>) -> String {
+/// Whether a variable that is no key was meant to be one; then with a hint. Many begin with `RUNNER_` and are not ours to
+/// judge: those of the tests, of a workload that starts a service, and the links that Kubernetes sets in every pod beside
+/// a Service that is named `runner`.
+fn mistake(name: &str, variables: &BTreeMap<String, &String>) -> Option<String> {
+    let key = name.strip_prefix(PREFIX)?;
+    let near = variables.keys().find(|known| nearly_equal(known, name));
+    let table = key.split_once("__").is_some_and(|(table, _)| {
+        variables.keys().any(|known| known[PREFIX.len()..].split_once("__").is_some_and(|(other, _)| other == table))
+    });
+    match near {
+        Some(known) => Some(format!("; did you mean {known}?")),
+        None => table.then(String::new),
+    }
+}
+
+/// Whether two names differ by underscores only, or by one letter that is missing, added or another.
+fn nearly_equal(a: &str, b: &str) -> bool {
     let plain = |name: &str| name.replace('_', "");
-    variables
-        .keys()
-        .find(|known| plain(known) == plain(name))
-        .map(|known| format!("; did you mean {known}?"))
-        .unwrap_or_default()
+    if plain(a) == plain(b) {
+        return true;
+    }
+    let (short, long) = if a.len() <= b.len() { (a.as_bytes(), b.as_bytes()) } else { (b.as_bytes(), a.as_bytes()) };
+    let same = short.iter().zip(long).take_while(|(x, y)| x == y).count();
+    match long.len() - short.len() {
+        0 => short[same..].get(1..) == long[same..].get(1..),
+        1 => short[same..] == long[same + 1..],
+        _ => false,
+    }
 }
 
 fn problem(tree: &Value, sources: &BTreeMap<String, Source>, key: String, message: String) -> Problem {
@@ -326,7 +330,7 @@ fn problem(tree: &Value, sources: &BTreeMap<String, Source>, key: String, messag
             }
         }
     };
-    let pointer = format!("/{}", key.replace('.', "/").replace('[', "/").replace(']', ""));
+    let pointer = format!("/{}", key.replace(['.', '['], "/").replace(']', ""));
     let value = tree.pointer(&pointer).filter(|value| !value.is_object() && !value.is_array()).map(|value| {
         let text = value.to_string();
         super::redact(&text[..text.floor_char_boundary(200)])

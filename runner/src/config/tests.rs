@@ -104,7 +104,10 @@ fn no_leaf_is_hidden_by_kubernetes_service_links() {
         let name = variable(&key);
         assert!(!name.starts_with("RUNNER_PORT") && !name.starts_with("RUNNER_SERVICE_"), "{key}");
     }
-    load("", &[("RUNNER_PORT", "tcp://10.0.0.1:7600"), ("RUNNER_SERVICE_HOST", "10.0.0.1")], &[]).unwrap();
+    let others = ["RUNNER_PORT", "RUNNER_PORT_7600_TCP_ADDR", "RUNNER_SERVICE_HOST", "RUNNER_RUN_ID", "RUNNER_X__Y"];
+    for name in others {
+        load("", &[(name, "x")], &[]).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
 }
 
 #[test]
@@ -142,6 +145,9 @@ fn unknown_keys_and_kinds_are_refused() {
     assert!(bad[0].message.contains("unknown field `slot`"), "{bad:?}");
     let bad = problems(load("", &[("RUNNER_LIMITS__LOGBYTES", "1")], &[]));
     assert!(bad[0].message.contains("did you mean RUNNER_LIMITS__LOG_BYTES?"), "{bad:?}");
+    let bad = problems(load("", &[("RUNNER_LISTN", "127.0.0.1:1")], &[]));
+    assert!(bad[0].message.contains("did you mean RUNNER_LISTEN?"), "{bad:?}");
+    assert_eq!(problems(load("", &[("RUNNER_LIMITS__NOTHING_LIKE_IT", "1")], &[])).len(), 1);
 }
 
 #[test]
