@@ -37,8 +37,13 @@ impl Service {
     pub(crate) async fn start() -> Result<Self, Fault> {
         let data = tempfile::tempdir()?;
         let (listen, ops) = (free_address()?, free_address()?);
+        let config = data.path().join("bench.toml");
+        // As many attempts at once as the measurements ask for; the default suits programs that use a core each.
+        std::fs::write(&config, "[[backends]]\nkind = \"local\"\nslots = 64\n")?;
         let child = Command::new(programs()?.join("runner"))
             .arg("serve")
+            .arg("--config")
+            .arg(&config)
             .arg("--data-dir")
             .arg(data.path())
             .args(["--listen", &listen, "--ops-listen", &ops])
