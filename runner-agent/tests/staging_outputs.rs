@@ -464,8 +464,8 @@ async fn removing_a_tree_follows_no_link_and_does_not_mind_permissions() {
     let root = Root::open(dir.path()).unwrap();
     fs::create_dir_all(dir.path().join("t/locked/in")).unwrap();
     fs::write(dir.path().join("t/locked/in/file"), b"x").unwrap();
-    fs::set_permissions(dir.path().join("t/locked/in"), fs::Permissions::from_mode(0)).unwrap();
-    fs::set_permissions(dir.path().join("t/locked"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(dir.path().join("t/locked/in"), fs::Permissions::from_mode(0o0)).unwrap();
+    fs::set_permissions(dir.path().join("t/locked"), fs::Permissions::from_mode(0o0)).unwrap();
     symlink(outside.path(), dir.path().join("t/link")).unwrap();
     symlink(outside.path(), dir.path().join("top-link")).unwrap();
     fifo(&dir.path().join("t/fifo"));
