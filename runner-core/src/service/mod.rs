@@ -189,6 +189,20 @@ impl Core {
         task::spawn(TaskKind::Run, "run", tracked);
     }
 
+    /// Does what must be done whole: a caller that goes away between a durable step and what follows from it must not
+    /// leave a run without its driver, or an intent that nobody looks at.
+    async fn whole<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        work: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
+    ) -> Result<T, ServiceError> {
+        match task::spawn(TaskKind::Call, name, self.tasks.track_future(work)).await {
+            Ok(Some(result)) => result,
+            Ok(None) => Err(ServiceError::Internal(format!("the task {name} panicked"))),
+            Err(_) => Err(ServiceError::Unavailable("the service is shutting down".to_owned())),
+        }
+    }
+
     /// Waits. False where the service stops first.
     async fn pause(&self, duration: Duration) -> bool {
         tokio::select! {
@@ -297,20 +311,25 @@ impl RunService {
         let limits =
             LiveLimits { total: parts.limits.live_runs, per_tenant: parts.limits.live_runs_per_tenant };
         crash::point("run.before-accept");
-        match parts.store.accept(run, limits).await? {
-            Accepted::Created(record) => {
-                crash::point("run.accepted");
-                tracing::debug!(run.id = %record.id, tenant = %record.tenant, backend = %record.backend, "accepted");
-                parts.meter.accepted(&record.backend);
-                core.drive(record.clone(), &[], true);
-                Ok((record, true))
+        let accepting = Arc::clone(core);
+        let accepting = async move {
+            let parts = &accepting.parts;
+            match parts.store.accept(run, limits).await? {
+                Accepted::Created(record) => {
+                    crash::point("run.accepted");
+                    tracing::debug!(run.id = %record.id, tenant = %record.tenant, backend = %record.backend, "accepted");
+                    parts.meter.accepted(&record.backend);
+                    accepting.drive(record.clone(), &[], true);
+                    Ok((record, true))
+                }
+                Accepted::Existing(record) => Ok((record, false)),
+                Accepted::Conflict { field } => Err(ServiceError::AlreadyExists { field }),
+                Accepted::Full { limit, max } => {
+                    Err(ServiceError::Exhausted { limit, max, retry_after: Duration::from_secs(1) })
+                }
             }
-            Accepted::Existing(record) => Ok((record, false)),
-            Accepted::Conflict { field } => Err(ServiceError::AlreadyExists { field }),
-            Accepted::Full { limit, max } => {
-                Err(ServiceError::Exhausted { limit, max, retry_after: Duration::from_secs(1) })
-            }
-        }
+        };
+        core.whole("accept", accepting).await
     }
 
     /// A run of the caller's tenant.
@@ -345,22 +364,27 @@ impl RunService {
         let in_queue = Outcome::new(record.position.attempt, Cause::Cancelled, "cancelled in the queue")
             .with_evidence("cancel", format!("requested by {}: {reason}", caller.subject), time);
         crash::point("cancel.before-intent");
-        let answer = parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
-        crash::point("cancel.intent");
-        let run = answer.run;
-        if answer.newly
-            && let Some(live) = self.core.live.get(id)
-        {
-            if let (true, Some(outcome)) = (run.position.state.is_terminal(), &run.outcome) {
-                live.publish([StoredEvent {
-                    seq: run.last_event,
-                    time,
-                    event: RunEvent::Terminated { position: run.position, outcome: outcome.clone() },
-                }]);
+        let core = Arc::clone(&self.core);
+        let cancelling = async move {
+            let answer =
+                core.parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
+            crash::point("cancel.intent");
+            let run = answer.run;
+            if answer.newly
+                && let Some(live) = core.live.get(id)
+            {
+                if let (true, Some(outcome)) = (run.position.state.is_terminal(), &run.outcome) {
+                    live.publish([StoredEvent {
+                        seq: run.last_event,
+                        time,
+                        event: RunEvent::Terminated { position: run.position, outcome: outcome.clone() },
+                    }]);
+                }
+                live.intent_stored();
             }
-            live.intent_stored();
-        }
-        Ok(run)
+            Ok(run)
+        };
+        self.core.whole("cancel", cancelling).await
     }
 
     /// A run and its ended attempts.
