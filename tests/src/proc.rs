@@ -110,11 +110,12 @@ pub fn open_files(pid: u32) -> Option<usize> {
     Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
 }
 
-/// Mounts of this process' namespace at or below `path`.
+/// Mounts of this process' namespace below `path`, not at it.
 pub fn mounts_below(path: &Path) -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let at = |line: &&str| line.split(' ').nth(4).is_some_and(|at| Path::new(at).starts_with(path));
-    mounts.lines().filter(at).map(|line| format!("mount {line}")).collect()
+    let below = |at: &Path| at.starts_with(path) && at != path;
+    let found = |line: &&str| line.split(' ').nth(4).is_some_and(|at| below(Path::new(at)));
+    mounts.lines().filter(found).map(|line| format!("mount {line}")).collect()
 }
 
 fn groups_named(name: &str, dir: &Path, found: &mut Vec<PathBuf>) {

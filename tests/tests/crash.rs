@@ -14,7 +14,7 @@ use worker_client::{Client, RunHandle, RunOptions, RunSpec, TransferOptions, pro
 
 const SIGKILL: i32 = 9;
 /// More than one segment of the stored log.
-const FLOOD_BYTES: usize = 3 * 1024 * 1024;
+const FLOOD_BYTES: usize = 9 * 1024 * 1024;
 const INPUT: &[u8] = b"what the input says\n";
 
 /// A run with an input, an output and both streams.
@@ -86,7 +86,7 @@ async fn assert_outputs(client: &Client, watched: &Watched) {
 /// Dies at `point` in the life of a run that would succeed; it succeeds nevertheless.
 async fn survives(point: &str) {
     let witness = Witness::listen().await;
-    let mut service = Service::start_with(&[]).await;
+    let mut service = Service::start().await;
     let input = upload(&service.client()).await;
     service.kill();
     service.restart(&[("RUNNER_CRASH_AT", point)]).await;
@@ -123,7 +123,8 @@ async fn survives(point: &str) {
 /// Dies at `point` in a cancel; the run is cancelled nevertheless. `durable`: without asking again.
 async fn survives_in_cancel(point: &str, durable: bool) {
     let witness = Witness::listen().await;
-    let mut service = Service::start_with(&[("RUNNER_CRASH_AT", point)]).await;
+    let mut service = Service::prepare(&[]);
+    service.restart(&[("RUNNER_CRASH_AT", point)]).await;
     let spec = endless(&witness);
     let client = service.client();
     let handle = run_with_key(&client, &spec).await.expect("run");
