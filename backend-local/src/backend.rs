@@ -118,7 +118,7 @@ impl LocalBackend {
             .await
             .unwrap_or(Ok(0))
             .map_err(|source| OpenError::directory("finish what was begun in", &base, source))?;
-        tracing::info!(backend = %config.name, swept, confinement = machine.summary(), "opened the local backend");
+        tracing::info!(backend = %config.name, swept, confinement = machine.summary(&config), "opened the local backend");
         let watcher = Watcher::new(Arc::clone(&clock)).map_err(OpenError::Watch)?;
         let hidden = hidden(&config, &data_dir, machine.privileged);
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
@@ -250,7 +250,7 @@ impl Shared {
         if free < LEAST_FREE_BYTES {
             return sick(format!("{} has {free} bytes free, less than {LEAST_FREE_BYTES}", base.display()));
         }
-        Health { healthy: true, detail: self.machine.summary() }
+        Health { healthy: true, detail: self.machine.summary(&self.config) }
     }
 }
 

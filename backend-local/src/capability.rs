@@ -67,9 +67,10 @@ impl Machine {
             network_none: namespaces.network,
             network_egress: config.egress,
             named_networks: config.host_networks.clone(),
-            // Without a control group by RLIMIT_AS, and RLIMIT_NPROC below.
-            memory_limit: true,
+            // Without a control group only by RLIMIT_AS, which means less.
+            memory_limit: self.cgroups.memory.is_some() || config.memory_by_rlimit,
             cpu_limit: self.cgroups.cpu.is_some(),
+            // Without a control group by RLIMIT_NPROC.
             pids_limit: true,
             file_size_limit: true,
             ephemeral_storage_limit: false,
@@ -97,7 +98,7 @@ impl Machine {
     }
 
     /// How programs are confined, in a line for people.
-    pub(crate) fn summary(&self) -> String {
+    pub(crate) fn summary(&self, config: &LocalConfig) -> String {
         let n = self.probe.namespaces;
         let has: Vec<&str> = [
             (n.user, "user"),
@@ -116,7 +117,10 @@ impl Machine {
             "namespaces {}; control groups {}; memory by {}, processes by {}, cpu by {}; overlay {}",
             if has.is_empty() { "none".to_owned() } else { has.join(" ") },
             if groups.version == 0 { "none".to_owned() } else { format!("v{}", groups.version) },
-            by(groups.memory.is_some(), "rlimit of each process"),
+            by(
+                groups.memory.is_some(),
+                if config.memory_by_rlimit { "rlimit of each process" } else { "nothing" }
+            ),
             by(groups.pids.is_some(), "rlimit of the user"),
             by(groups.cpu.is_some(), "nothing"),
             if self.probe.overlay { "yes" } else { "no" },

@@ -62,6 +62,9 @@ pub struct LocalConfig {
     /// The control group below which each attempt gets its own, as a path below the mount of each hierarchy. Default: the
     /// service's own group; with version 2 also the group above it, where the service's own may have no children.
     pub cgroup_parent: Option<String>,
+    /// Whether a memory limit may be set where no control group can set it: then each process has it for its own address
+    /// space, and passing it is a failed allocation, not `OOM_KILLED`. Else such a spec is refused.
+    pub memory_by_rlimit: bool,
     /// Whether a spec may ask for the network `egress`, which is the machine's own network here.
     pub egress: bool,
     /// Names of network policies that mean the machine's own network.
@@ -79,6 +82,7 @@ impl Default for LocalConfig {
             allow_root_user: false,
             hidden: None,
             cgroup_parent: None,
+            memory_by_rlimit: false,
             egress: true,
             host_networks: Vec::new(),
         }

@@ -159,7 +159,11 @@ fn a_read_only_image_has_no_upper_directory() {
 fn without_control_groups_limits_become_rlimits() {
     let machine = Machine { cgroups: Cgroups::default(), ..machine() };
     let resources = Resources { memory_bytes: Some(5), pids: Some(6), ..Resources::default() };
-    let got = convert(&RunSpec { resources, ..spec() }, &machine, &config()).unwrap();
+    let spec = RunSpec { resources, ..spec() };
+    let error = convert(&spec, &machine, &config()).unwrap_err().to_string();
+    assert!(error.contains("spec.resources.memory_bytes"), "not without the operator's consent: {error}");
+    let config = LocalConfig { memory_by_rlimit: true, ..config() };
+    let got = convert(&spec, &machine, &config).unwrap();
     assert_eq!((got.cgroup, got.address_space_bytes, got.nproc), (None, Some(5), Some(6)));
 }
 
