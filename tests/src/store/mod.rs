@@ -179,7 +179,7 @@ mod tests {
         for (source, names) in store_cases! { store_case_names } {
             let written: Vec<&str> = source
                 .lines()
-                .filter_map(|line| line.strip_prefix("pub async fn ")?.split('(').next())
+                .filter_map(|line| line.strip_prefix("pub async fn ")?.split(['(', '<']).next())
                 .collect();
             assert_eq!(written, names);
         }
