@@ -4,8 +4,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 3] =
-    ["runner/v1/runner.proto", "runner/v1/artifacts.proto", "runner/v1/admin.proto"];
+const FILES: [&str; 3] = ["runner/v1/runner.proto", "runner/v1/artifacts.proto", "runner/v1/admin.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=runner");

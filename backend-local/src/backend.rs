@@ -15,7 +15,7 @@ use runner_agent::{
         client::{self, ControlError},
         protocol::{ControlReply, ControlRequest},
     },
-    staging::StagingLimits,
+    staging::{MountPlan, StagingLimits},
 };
 use runner_core::{
     backend::{
@@ -25,6 +25,7 @@ use runner_core::{
     capability::Capabilities,
     clock::Clock,
     id::{AttemptId, BackendName},
+    spec::{FieldViolation, InvalidSpec, RunSpec},
 };
 use tokio::sync::Semaphore;
 
@@ -266,6 +267,13 @@ impl Backend for LocalBackend {
 
     fn capabilities(&self) -> Capabilities {
         self.shared.capabilities.clone()
+    }
+
+    fn objections(&self, spec: &RunSpec) -> Vec<FieldViolation> {
+        match MountPlan::new(spec) {
+            Ok(_) => Vec::new(),
+            Err(InvalidSpec(violations)) => violations,
+        }
     }
 
     fn slots(&self) -> usize {

@@ -4,7 +4,12 @@
 //! `docs/contract.md`. Inside `v1`, changes are additive only; a test compares them with the committed baseline.
 
 /// Package `runner.v1`.
-#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated; the proto files carry the documentation")]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    reason = "generated; the proto files carry the documentation"
+)]
 pub mod v1 {
     tonic::include_proto!("runner.v1");
 }

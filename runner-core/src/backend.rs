@@ -14,7 +14,7 @@ use crate::{
     id::{AttemptId, BackendName, RunId, TenantId},
     log::FrameBatch,
     outcome::{Cause, Evidence, ExitStatus, Outcome, Usage},
-    spec::{RunSpec, TerminalSize},
+    spec::{FieldViolation, RunSpec, TerminalSize},
 };
 
 /// Names what an attempt becomes on its backend. Opaque to everyone but the backend; stored *before* the side effect that
@@ -278,6 +278,12 @@ pub trait Backend: fmt::Debug + Send + Sync + 'static {
     fn kind(&self) -> &'static str;
     /// What it can honour.
     fn capabilities(&self) -> Capabilities;
+    /// What of `spec` it cannot honour, beyond what [`Backend::capabilities`] can express: a violation per field. Pure;
+    /// asked at admission, of specs that are valid and within the capabilities.
+    fn objections(&self, spec: &RunSpec) -> Vec<FieldViolation> {
+        let _ = spec;
+        Vec::new()
+    }
     /// Largest number of attempts at once.
     fn slots(&self) -> usize;
     /// Whether it takes work now.

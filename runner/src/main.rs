@@ -13,7 +13,11 @@ use runner::{
 use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Debug, Parser)]
-#[command(name = "runner", version, about = "Runs workloads: accepts, executes, streams, answers for the outcome")]
+#[command(
+    name = "runner",
+    version,
+    about = "Runs workloads: accepts, executes, streams, answers for the outcome"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -159,10 +163,11 @@ fn serve_until_told(loaded: &Loaded) -> ExitCode {
 
 async fn run(loaded: &Loaded) -> ExitCode {
     let config = &loaded.config;
-    let (mut terminate, mut interrupt) = match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-        (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
-        (Err(error), _) | (_, Err(error)) => return failure(&error),
-    };
+    let (mut terminate, mut interrupt) =
+        match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+            (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
+            (Err(error), _) | (_, Err(error)) => return failure(&error),
+        };
     let running = tokio::select! {
         started = serve::start(config) => match started {
             Ok(running) => running,
@@ -176,7 +181,10 @@ async fn run(loaded: &Loaded) -> ExitCode {
         _ = interrupt.recv() => {}
     }
     let drain = config.shutdown.drain.0;
-    tracing::info!(drain_secs = drain.as_secs(), "stopping; workloads live on; a second signal ends the service at once");
+    tracing::info!(
+        drain_secs = drain.as_secs(),
+        "stopping; workloads live on; a second signal ends the service at once"
+    );
     tokio::select! {
         () = running.stop(drain) => {
             tracing::info!("stopped");

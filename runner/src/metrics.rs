@@ -19,7 +19,8 @@ pub mod name {
     pub const RUNS_REFUSED: (&str, &str) = ("runner_runs_refused", "Runs that were refused, by reason");
     pub const RUNS_ENDED: (&str, &str) = ("runner_runs_ended", "Runs that reached a terminal state");
     pub const RUN_DURATION: (&str, &str) = ("runner_run_duration", "From acceptance to the terminal state");
-    pub const PHASE_DURATION: (&str, &str) = ("runner_phase_duration", "Time that an attempt spent in a state");
+    pub const PHASE_DURATION: (&str, &str) =
+        ("runner_phase_duration", "Time that an attempt spent in a state");
     pub const ATTEMPTS_RETRIED: (&str, &str) = ("runner_attempts_retried", "Attempts that are tried again");
     pub const LOG_BYTES: (&str, &str) = ("runner_log", "Log bytes that were taken over from workloads");
     pub const WATCHERS: (&str, &str) = ("runner_watchers", "Open streams");
@@ -34,8 +35,10 @@ pub mod name {
 }
 
 /// From a millisecond, which a no-op takes, to a day.
-const SECONDS: [f64; 16] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0, 3600.0, 14_400.0, 86_400.0];
+const SECONDS: [f64; 16] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 300.0, 3600.0, 14_400.0,
+    86_400.0,
+];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByBackend {
@@ -148,7 +151,8 @@ impl Metrics {
         to.register_with_unit(name, help, Unit::Bytes, metrics.log_bytes.clone());
         let (name, help) = name::BLOB_BYTES;
         to.register_with_unit(name, help, Unit::Bytes, metrics.blob_bytes.clone());
-        let version = prometheus_client::metrics::info::Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+        let version =
+            prometheus_client::metrics::info::Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         to.register(name::BUILD_INFO.0, name::BUILD_INFO.1, version);
         metrics
     }

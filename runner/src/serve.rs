@@ -133,7 +133,8 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
 
     let store = {
         let lock = Arc::clone(&lock);
-        blocking(move || SqliteStore::open(lock, &SqliteOptions::default()).map_err(ServeError::Store)).await?
+        blocking(move || SqliteStore::open(lock, &SqliteOptions::default()).map_err(ServeError::Store))
+            .await?
     };
     let artifacts = {
         let url = config.object_store.url.clone();
@@ -234,8 +235,11 @@ fn instance(data_dir: &Path, ids: &dyn IdGen) -> Result<String, ServeError> {
         Err(source) => return Err(ServeError::File { what: "read", path, source }),
     }
     let id = ids.run_id().to_string();
-    write_whole(&path, format!("{id}\n").as_bytes())
-        .map_err(|source| ServeError::File { what: "write", path, source })?;
+    write_whole(&path, format!("{id}\n").as_bytes()).map_err(|source| ServeError::File {
+        what: "write",
+        path,
+        source,
+    })?;
     Ok(id)
 }
 
@@ -260,8 +264,11 @@ fn write_endpoint(
 ) -> Result<(), ServeError> {
     let path = data_dir.join(ENDPOINT_FILE);
     let text = json!({ "listen": listen, "ops_listen": ops_listen, "pid": std::process::id() });
-    write_whole(&path, format!("{text}\n").as_bytes())
-        .map_err(|source| ServeError::File { what: "write", path, source })
+    write_whole(&path, format!("{text}\n").as_bytes()).map_err(|source| ServeError::File {
+        what: "write",
+        path,
+        source,
+    })
 }
 
 /// The effective configuration, redacted, once.

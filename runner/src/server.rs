@@ -48,7 +48,9 @@ pub enum BindError {
     #[error(transparent)]
     BeyondLoopback(#[from] BeyondLoopback),
     /// Somebody listens there.
-    #[error("{address} ({key}) is in use: another service listens there, perhaps another `runner serve`; choose another address with {flag}")]
+    #[error(
+        "{address} ({key}) is in use: another service listens there, perhaps another `runner serve`; choose another address with {flag}"
+    )]
     InUse {
         /// The configuration's key.
         key: &'static str,
@@ -73,7 +75,11 @@ pub enum BindError {
 ///
 /// # Errors
 /// See [`BindError`].
-pub async fn bind(key: &'static str, flag: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
+pub async fn bind(
+    key: &'static str,
+    flag: &'static str,
+    address: SocketAddr,
+) -> Result<TcpListener, BindError> {
     loopback_only(key, address)?;
     TcpListener::bind(address).await.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => BindError::InUse { key, flag, address },
@@ -117,7 +123,8 @@ impl Server {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let connection = Arc::clone(&server).connection(stream, router.clone(), Arc::clone(&calls), permit);
+                    let connection =
+                        Arc::clone(&server).connection(stream, router.clone(), Arc::clone(&calls), permit);
                     task::spawn(TaskKind::Call, "connection", tracker.track_future(connection));
                 }
                 Err(error) => {
@@ -144,7 +151,8 @@ impl Server {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(listener = self.name, %error, "could not set TCP_NODELAY");
         }
-        let io = TokioIo::new(TimedIo::new(stream, self.config.read_timeout.0, self.config.keep_alive_timeout.0));
+        let io =
+            TokioIo::new(TimedIo::new(stream, self.config.read_timeout.0, self.config.keep_alive_timeout.0));
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let router = router.clone();
             let permit = Arc::clone(&calls).try_acquire_owned();
@@ -256,7 +264,10 @@ impl http_body::Body for CountedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
@@ -299,7 +310,11 @@ impl TimedIo {
 }
 
 impl AsyncRead for TimedIo {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let poll = Pin::new(&mut self.stream).poll_read(cx, buffer);
         let read = buffer.filled().len() - before;
@@ -307,7 +322,10 @@ impl AsyncRead for TimedIo {
             self.read += read;
             if self.read < PREFACE_BYTES {
                 if poll.is_pending() && preface.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client says nothing")));
+                    return Poll::Ready(Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "the client says nothing",
+                    )));
                 }
                 self.preface = Some(preface);
             }

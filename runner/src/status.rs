@@ -121,9 +121,11 @@ pub fn service(error: &ServiceError) -> Status {
             details.add_quota_failure_violation(*limit, message.clone());
             Status::with_error_details(Code::ResourceExhausted, message, details)
         }
-        ServiceError::FailedPrecondition { reason, .. } => {
-            Status::with_error_details(Code::FailedPrecondition, message, Reason::Precondition(reason).details([]))
-        }
+        ServiceError::FailedPrecondition { reason, .. } => Status::with_error_details(
+            Code::FailedPrecondition,
+            message,
+            Reason::Precondition(reason).details([]),
+        ),
         ServiceError::Unavailable(cause) => {
             tracing::warn!(%cause, "a call failed for now");
             unavailable(Reason::Unavailable, message)
@@ -142,9 +144,11 @@ pub fn artifact(error: &ArtifactError) -> Status {
         ArtifactErrorKind::NotFound => {
             Status::with_error_details(Code::NotFound, message, Reason::ArtifactNotFound.details([]))
         }
-        ArtifactErrorKind::Mismatch => {
-            Status::with_error_details(Code::FailedPrecondition, message, Reason::ArtifactMismatch.details([]))
-        }
+        ArtifactErrorKind::Mismatch => Status::with_error_details(
+            Code::FailedPrecondition,
+            message,
+            Reason::ArtifactMismatch.details([]),
+        ),
         ArtifactErrorKind::LimitExceeded => {
             let mut details = Reason::LimitReached.details([]);
             details.add_quota_failure_violation("artifact", message.clone());
@@ -163,7 +167,10 @@ pub fn artifact(error: &ArtifactError) -> Status {
 
 /// The service is shutting down.
 pub fn shutting_down() -> Status {
-    unavailable(Reason::ShuttingDown, "the service is shutting down; connect again and go on from the last cursor".to_owned())
+    unavailable(
+        Reason::ShuttingDown,
+        "the service is shutting down; connect again and go on from the last cursor".to_owned(),
+    )
 }
 
 /// The service has as many calls under way as it takes.
@@ -214,7 +221,8 @@ mod tests {
 
     #[test]
     fn a_reached_limit_says_which_and_when_to_try_again() {
-        let error = ServiceError::Exhausted { limit: "live_runs", max: 3, retry_after: Duration::from_secs(2) };
+        let error =
+            ServiceError::Exhausted { limit: "live_runs", max: 3, retry_after: Duration::from_secs(2) };
         let status = service(&error);
         assert_eq!((status.code(), reason(&status).as_str()), (Code::ResourceExhausted, "LIMIT_REACHED"));
         let details = status.get_error_details();
@@ -226,7 +234,8 @@ mod tests {
     #[test]
     fn every_service_error_has_its_code_and_reason() {
         let id = RunId::new(Uuid::from_u128(1));
-        let precondition = ServiceError::FailedPrecondition { reason: "NOT_RUNNING", message: "no".to_owned() };
+        let precondition =
+            ServiceError::FailedPrecondition { reason: "NOT_RUNNING", message: "no".to_owned() };
         for (error, code, expected) in [
             (ServiceError::NotFound(id), Code::NotFound, "RUN_NOT_FOUND"),
             (ServiceError::AlreadyExists { field: "run_id" }, Code::AlreadyExists, "ALREADY_EXISTS"),
@@ -244,7 +253,8 @@ mod tests {
     #[test]
     fn a_status_fits_into_headers_however_many_fields_are_bad() {
         let long = "x".repeat(3000);
-        let fields = (0..100).map(|i| runner_core::spec::FieldViolation::new(format!("f{i}"), "INVALID", &long));
+        let fields =
+            (0..100).map(|i| runner_core::spec::FieldViolation::new(format!("f{i}"), "INVALID", &long));
         let status = invalid(&InvalidSpec(fields.collect()));
         let headers = status.into_http::<()>().into_parts().0.headers;
         let size: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();

@@ -66,7 +66,10 @@ impl Surfaces {
     ///
     /// # Errors
     /// Where the contract's descriptors do not decode, which the tests of `runner-proto` exclude.
-    pub async fn start(config: &Config, parts: SurfaceParts) -> Result<Self, tonic_reflection::server::Error> {
+    pub async fn start(
+        config: &Config,
+        parts: SurfaceParts,
+    ) -> Result<Self, tonic_reflection::server::Error> {
         let SurfaceParts { service, artifacts, signer, clock, ids, metrics, listener, ops_listener } = parts;
         let draining = CancellationToken::new();
         let abort = CancellationToken::new();
@@ -93,7 +96,8 @@ impl Surfaces {
             draining: draining.clone(),
             writing: Arc::new(std::sync::Mutex::new(HashSet::new())),
         };
-        let router = routes.into_axum_router().merge(blob::router(blobs)).fallback(nothing_here).with_state(());
+        let router =
+            routes.into_axum_router().merge(blob::router(blobs)).fallback(nothing_here).with_state(());
         let probe = Arc::new(ReadyProbe::new(Arc::clone(&service), Arc::clone(&clock), draining.clone()));
         let server = Server {
             name: "api",
@@ -104,9 +108,14 @@ impl Surfaces {
         };
         let ops_server =
             Server { name: "ops", draining: stop_ops.clone(), abort: abort_ops.clone(), ..server.clone() };
-        task::spawn(TaskKind::Loop, "health", report_health(health.clone(), Arc::clone(&probe), draining.clone()));
+        task::spawn(
+            TaskKind::Loop,
+            "health",
+            report_health(health.clone(), Arc::clone(&probe), draining.clone()),
+        );
         let api = task::spawn(TaskKind::Loop, "api", server.serve(listener, router));
-        let ops = task::spawn(TaskKind::Loop, "ops", ops_server.serve(ops_listener, ops::router(probe, metrics)));
+        let ops =
+            task::spawn(TaskKind::Loop, "ops", ops_server.serve(ops_listener, ops::router(probe, metrics)));
         Ok(Self { service, clock, health, draining, abort, stop_ops, abort_ops, api, ops })
     }
 
@@ -142,7 +151,9 @@ async fn nothing_here(headers: http::HeaderMap) -> http::Response<axum::body::Bo
     if grpc {
         return tonic::Status::unimplemented("there is no such method").into_http();
     }
-    let mut response = http::Response::new(axum::body::Body::from("there is nothing here; see /healthz on the other port\n"));
+    let mut response = http::Response::new(axum::body::Body::from(
+        "there is nothing here; see /healthz on the other port\n",
+    ));
     *response.status_mut() = http::StatusCode::NOT_FOUND;
     response
 }

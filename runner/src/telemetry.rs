@@ -17,7 +17,13 @@ pub fn init(config: &LogConfig) -> Result<(), String> {
                 && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
             builder.with_ansi(colour).finish().try_init()
         }
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).with_span_list(false).finish().try_init(),
+        LogFormat::Json => builder
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false)
+            .finish()
+            .try_init(),
     }
     .map_err(|error| error.to_string())
 }

@@ -366,8 +366,7 @@ impl RunService {
         crash::point("cancel.before-intent");
         let core = Arc::clone(&self.core);
         let cancelling = async move {
-            let answer =
-                core.parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
+            let answer = core.parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
             crash::point("cancel.intent");
             let run = answer.run;
             if answer.newly

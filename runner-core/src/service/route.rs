@@ -33,9 +33,11 @@ pub(super) fn choose<'a>(
         let what = format!("there is no backend {name:?}; there are {known:?}", name = name.as_str());
         return Err(ServiceError::field("spec.routing.backend", "INVALID", what));
     };
-    let lacks: Vec<FieldViolation> = backend
-        .capabilities()
-        .lacks(spec)
+    let mut lacks = backend.capabilities().lacks(spec);
+    if lacks.is_empty() {
+        lacks = backend.objections(spec);
+    }
+    let lacks: Vec<FieldViolation> = lacks
         .into_iter()
         .map(|violation| FieldViolation {
             description: format!("backend {name}: {}", violation.description),

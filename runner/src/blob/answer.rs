@@ -72,43 +72,63 @@ impl Failure {
         let text = |text: &str| text.to_owned();
         match self {
             Self::Malformed(what) => (StatusCode::BAD_REQUEST, "MALFORMED_URL", what.clone()),
-            Self::BadSignature => (StatusCode::FORBIDDEN, "BAD_SIGNATURE", text("the URL's signature does not match")),
-            Self::Expired => (StatusCode::FORBIDDEN, "EXPIRED", text("the URL has expired; ask for a new one")),
+            Self::BadSignature => {
+                (StatusCode::FORBIDDEN, "BAD_SIGNATURE", text("the URL's signature does not match"))
+            }
+            Self::Expired => {
+                (StatusCode::FORBIDDEN, "EXPIRED", text("the URL has expired; ask for a new one"))
+            }
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", text("the URL is for another method"))
             }
             Self::NotFound => (StatusCode::NOT_FOUND, "NOT_FOUND", text("there is no such object")),
-            Self::SizeMismatch { promised, got } => {
-                (StatusCode::BAD_REQUEST, "SIZE_MISMATCH", format!("{promised} bytes were promised, {got} came"))
-            }
-            Self::DigestMismatch => {
-                (StatusCode::BAD_REQUEST, "DIGEST_MISMATCH", text("the body does not have the promised SHA-256"))
-            }
+            Self::SizeMismatch { promised, got } => (
+                StatusCode::BAD_REQUEST,
+                "SIZE_MISMATCH",
+                format!("{promised} bytes were promised, {got} came"),
+            ),
+            Self::DigestMismatch => (
+                StatusCode::BAD_REQUEST,
+                "DIGEST_MISMATCH",
+                text("the body does not have the promised SHA-256"),
+            ),
             Self::TooLarge(most) => {
                 (StatusCode::PAYLOAD_TOO_LARGE, "TOO_LARGE", format!("at most {most} bytes are taken"))
             }
-            Self::Exists => {
-                (StatusCode::CONFLICT, "ALREADY_EXISTS", text("other bytes are stored here; an upload is stored once"))
-            }
-            Self::Busy => {
-                (StatusCode::CONFLICT, "IN_PROGRESS", text("another request is writing this object; try again"))
-            }
+            Self::Exists => (
+                StatusCode::CONFLICT,
+                "ALREADY_EXISTS",
+                text("other bytes are stored here; an upload is stored once"),
+            ),
+            Self::Busy => (
+                StatusCode::CONFLICT,
+                "IN_PROGRESS",
+                text("another request is writing this object; try again"),
+            ),
             Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "TOO_SLOW", text("the body paused for too long")),
             Self::Aborted => (StatusCode::BAD_REQUEST, "ABORTED", text("the body broke off")),
             Self::OutOfRange { size } => {
                 let what = format!("the object has {size} bytes");
                 (StatusCode::RANGE_NOT_SATISFIABLE, "OUT_OF_RANGE", what)
             }
-            Self::Full => (StatusCode::INSUFFICIENT_STORAGE, "STORE_FULL", text("the object store has no room")),
-            Self::Unavailable => {
-                (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE", text("the object store does not answer; try again"))
+            Self::Full => {
+                (StatusCode::INSUFFICIENT_STORAGE, "STORE_FULL", text("the object store has no room"))
             }
-            Self::ShuttingDown => {
-                (StatusCode::SERVICE_UNAVAILABLE, "SHUTTING_DOWN", text("the service is shutting down; try again"))
-            }
-            Self::Internal => {
-                (StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL", text("an internal error; the service's log says more"))
-            }
+            Self::Unavailable => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "UNAVAILABLE",
+                text("the object store does not answer; try again"),
+            ),
+            Self::ShuttingDown => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "SHUTTING_DOWN",
+                text("the service is shutting down; try again"),
+            ),
+            Self::Internal => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "INTERNAL",
+                text("an internal error; the service's log says more"),
+            ),
         }
     }
 

@@ -11,7 +11,11 @@ use super::{
     range::{self, Wanted},
 };
 
-pub(super) async fn get(blobs: &Blobs, grant: &BlobGrant, request: Request) -> Result<Response<Body>, Failure> {
+pub(super) async fn get(
+    blobs: &Blobs,
+    grant: &BlobGrant,
+    request: Request,
+) -> Result<Response<Body>, Failure> {
     let key = &grant.key;
     let size = blobs.store.head(key).await.map_err(|error| Failure::store(&error))?.size;
     // Without validators an `If-Range` never matches, and then the whole is the answer.
@@ -31,9 +35,9 @@ pub(super) async fn get(blobs: &Blobs, grant: &BlobGrant, request: Request) -> R
         let (metrics, key) = (blobs.metrics.clone(), key.clone());
         // Pulled as the client reads: what waits is one chunk and the connection's buffer.
         Body::from_stream(
-            bytes
-                .inspect_ok(move |chunk| metrics.blob_bytes("out", chunk.len() as u64))
-                .inspect_err(move |error| tracing::warn!(%key, %error, "an object broke off while it was read")),
+            bytes.inspect_ok(move |chunk| metrics.blob_bytes("out", chunk.len() as u64)).inspect_err(
+                move |error| tracing::warn!(%key, %error, "an object broke off while it was read"),
+            ),
         )
     };
     let mut response = Response::new(body);

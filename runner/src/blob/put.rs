@@ -93,7 +93,10 @@ impl Incoming {
                 Ok(chunk) => Ok(chunk.map(|chunk| (chunk, incoming))),
                 Err(failure) => {
                     let _ = incoming.verdict.set(Err(failure));
-                    Err(ArtifactError::new(ArtifactErrorKind::Mismatch, "the upload is not what was promised"))
+                    Err(ArtifactError::new(
+                        ArtifactErrorKind::Mismatch,
+                        "the upload is not what was promised",
+                    ))
                 }
             }
         })

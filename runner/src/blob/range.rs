@@ -13,7 +13,9 @@ pub(super) enum Wanted {
 
 /// Reads the header.
 pub(super) fn parse(header: Option<&str>, size: u64) -> Wanted {
-    let Some(range) = header.and_then(|header| header.trim().strip_prefix("bytes=")) else { return Wanted::Whole };
+    let Some(range) = header.and_then(|header| header.trim().strip_prefix("bytes=")) else {
+        return Wanted::Whole;
+    };
     let Some((first, last)) = range.split_once('-') else { return Wanted::Whole };
     let (first, last) = (first.trim(), last.trim());
     let number = |text: &str| -> Option<u64> {
@@ -30,10 +32,18 @@ pub(super) fn parse(header: Option<&str>, size: u64) -> Wanted {
             length => Wanted::Part(size - length, size),
         },
         (Some(first), None) if last.is_empty() => {
-            if first < size { Wanted::Part(first, size) } else { Wanted::Nothing }
+            if first < size {
+                Wanted::Part(first, size)
+            } else {
+                Wanted::Nothing
+            }
         }
         (Some(first), Some(last)) if first <= last => {
-            if first < size { Wanted::Part(first, last.saturating_add(1).min(size)) } else { Wanted::Nothing }
+            if first < size {
+                Wanted::Part(first, last.saturating_add(1).min(size))
+            } else {
+                Wanted::Nothing
+            }
         }
         _ => Wanted::Whole,
     }

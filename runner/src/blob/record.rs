@@ -49,7 +49,11 @@ pub fn beside(key: &ArtifactKey) -> Option<ArtifactKey> {
 ///
 /// # Errors
 /// The store's.
-pub async fn write(store: &dyn ArtifactStore, key: &ArtifactKey, digest: &Digest) -> Result<(), ArtifactError> {
+pub async fn write(
+    store: &dyn ArtifactStore,
+    key: &ArtifactKey,
+    digest: &Digest,
+) -> Result<(), ArtifactError> {
     let json = serde_json::to_vec(digest)
         .map_err(|error| ArtifactError::with_source(ArtifactErrorKind::Other, "write a digest", error))?;
     store.put_bytes(key, json.into()).await
@@ -65,7 +69,9 @@ pub async fn of(store: &dyn ArtifactStore, key: &ArtifactKey) -> Result<Digest, 
         match read_small(store, &beside, MAX_BYTES).await {
             Ok(bytes) => match serde_json::from_slice::<Digest>(&bytes) {
                 Ok(digest) if digest.size == meta.size => return Ok(digest),
-                _ => tracing::warn!(%key, "the record of an upload does not decode or fit; its bytes are read"),
+                _ => {
+                    tracing::warn!(%key, "the record of an upload does not decode or fit; its bytes are read")
+                }
             },
             Err(error) if error.kind == ArtifactErrorKind::NotFound => {}
             Err(error) => return Err(error),
@@ -89,7 +95,9 @@ mod tests {
     fn only_an_uploads_files_have_a_record() {
         let key = |text: &str| text.parse::<ArtifactKey>().unwrap();
         assert_eq!(beside(&key("uploads/t/u/files/a/b")), Some(key("uploads/t/u/digests/a/b")));
-        for other in ["uploads/t/u/manifest.json", "uploads/t/u/digests/a", "runs/t/r/files/a", "uploads/t/u/files"] {
+        for other in
+            ["uploads/t/u/manifest.json", "uploads/t/u/digests/a", "runs/t/r/files/a", "uploads/t/u/files"]
+        {
             assert_eq!(beside(&key(other)), None, "{other}");
         }
     }

@@ -105,7 +105,8 @@ struct Kinds {
 
 /// The configuration's JSON schema, without references.
 pub fn schema() -> Value {
-    let generator = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true).into_generator();
+    let generator =
+        SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true).into_generator();
     generator.into_root_schema_for::<Config>().to_value()
 }
 
@@ -266,7 +267,11 @@ impl Layers {
                 for (key, message) in config.faults() {
                     problems.push(problem(&tree, &sources, key, message));
                 }
-                if problems.is_empty() { Ok(Loaded { config, sources }) } else { Err(ConfigError::Invalid(problems)) }
+                if problems.is_empty() {
+                    Ok(Loaded { config, sources })
+                } else {
+                    Err(ConfigError::Invalid(problems))
+                }
             }
             Err(error) => {
                 let key = match error.path().to_string() {
@@ -287,7 +292,9 @@ fn mistake(name: &str, variables: &BTreeMap<String, &String>) -> Option<String> 
     let key = name.strip_prefix(PREFIX)?;
     let near = variables.keys().find(|known| nearly_equal(known, name));
     let table = key.split_once("__").is_some_and(|(table, _)| {
-        variables.keys().any(|known| known[PREFIX.len()..].split_once("__").is_some_and(|(other, _)| other == table))
+        variables
+            .keys()
+            .any(|known| known[PREFIX.len()..].split_once("__").is_some_and(|(other, _)| other == table))
     });
     match near {
         Some(known) => Some(format!("; did you mean {known}?")),
@@ -301,7 +308,8 @@ fn nearly_equal(a: &str, b: &str) -> bool {
     if plain(a) == plain(b) {
         return true;
     }
-    let (short, long) = if a.len() <= b.len() { (a.as_bytes(), b.as_bytes()) } else { (b.as_bytes(), a.as_bytes()) };
+    let (short, long) =
+        if a.len() <= b.len() { (a.as_bytes(), b.as_bytes()) } else { (b.as_bytes(), a.as_bytes()) };
     let same = short.iter().zip(long).take_while(|(x, y)| x == y).count();
     match long.len() - short.len() {
         0 => short[same..].get(1..) == long[same..].get(1..),

@@ -205,7 +205,8 @@ impl LimitsConfig {
             if let OrNone::Some(default) = bound.default
                 && default > bound.ceiling
             {
-                faults.push((key, format!("the default {default:?} is above the ceiling {:?}", bound.ceiling)));
+                faults
+                    .push((key, format!("the default {default:?} is above the ceiling {:?}", bound.ceiling)));
             }
         }
         let mut faults = Vec::new();
@@ -233,7 +234,9 @@ impl LimitsConfig {
         ] {
             default_above_ceiling(key, bound, &mut faults);
         }
-        for (key, value) in [("live_runs", self.live_runs), ("live_runs_per_tenant", self.live_runs_per_tenant)] {
+        for (key, value) in
+            [("live_runs", self.live_runs), ("live_runs_per_tenant", self.live_runs_per_tenant)]
+        {
             if value == 0 {
                 faults.push((key, "must be larger than zero: nothing could ever run".to_owned()));
             }

@@ -234,7 +234,10 @@ impl Config {
         if let Some(url) = &self.object_store.url
             && !url.starts_with("file:///")
         {
-            add("object_store.url", "only directories, as `file:///path`, are supported in this version".to_owned());
+            add(
+                "object_store.url",
+                "only directories, as `file:///path`, are supported in this version".to_owned(),
+            );
         }
         if let Err(error) = self.log.filter.parse::<tracing_subscriber::EnvFilter>() {
             add("log.filter", format!("is not a filter such as `info,runner_core=debug`: {error}"));
@@ -295,7 +298,9 @@ fn redact(text: &str) -> String {
     let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
     let authority = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let (authority, rest) = rest.split_at(authority);
-    let host = authority.rsplit_once('@').map_or_else(|| authority.to_owned(), |(_, host)| format!("REDACTED@{host}"));
+    let host = authority
+        .rsplit_once('@')
+        .map_or_else(|| authority.to_owned(), |(_, host)| format!("REDACTED@{host}"));
     let rest = rest.split_once('?').map_or_else(|| rest.to_owned(), |(path, _)| format!("{path}?REDACTED"));
     format!("{scheme}://{host}{rest}")
 }

@@ -5,7 +5,11 @@ use super::{
     *,
 };
 
-fn load(file: &str, env: &[(&str, &str)], flags: &[(&'static str, &'static str, &str)]) -> Result<Loaded, ConfigError> {
+fn load(
+    file: &str,
+    env: &[(&str, &str)],
+    flags: &[(&'static str, &'static str, &str)],
+) -> Result<Loaded, ConfigError> {
     Layers {
         file: (!file.is_empty()).then(|| (PathBuf::from("/etc/runner.toml"), file.to_owned())),
         env: env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
@@ -104,7 +108,8 @@ fn no_leaf_is_hidden_by_kubernetes_service_links() {
         let name = variable(&key);
         assert!(!name.starts_with("RUNNER_PORT") && !name.starts_with("RUNNER_SERVICE_"), "{key}");
     }
-    let others = ["RUNNER_PORT", "RUNNER_PORT_7600_TCP_ADDR", "RUNNER_SERVICE_HOST", "RUNNER_RUN_ID", "RUNNER_X__Y"];
+    let others =
+        ["RUNNER_PORT", "RUNNER_PORT_7600_TCP_ADDR", "RUNNER_SERVICE_HOST", "RUNNER_RUN_ID", "RUNNER_X__Y"];
     for name in others {
         load("", &[(name, "x")], &[]).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
@@ -119,7 +124,10 @@ fn a_bad_value_is_told_with_key_value_and_source() {
     assert_eq!(bad[0].source, Source::Env("RUNNER_LIMITS__LOG_BYTES".to_owned()));
 
     let bad = problems(load("[log]\nformat = 'xml'", &[], &[]));
-    assert_eq!((bad[0].key.as_str(), &bad[0].source), ("log.format", &Source::File("/etc/runner.toml".into())));
+    assert_eq!(
+        (bad[0].key.as_str(), &bad[0].source),
+        ("log.format", &Source::File("/etc/runner.toml".into()))
+    );
 
     let bad = problems(load("", &[], &[("--listen", "listen", "nowhere")]));
     assert_eq!((bad[0].key.as_str(), &bad[0].source), ("listen", &Source::Flag("--listen")));
@@ -140,7 +148,10 @@ fn unknown_keys_and_kinds_are_refused() {
     let bad = problems(load("[limits]\nlogbytes = 1", &[], &[]));
     assert!(bad[0].message.contains("unknown field `logbytes`"), "{bad:?}");
     let bad = problems(load("[[backends]]\nkind = 'mainframe'", &[], &[]));
-    assert!(bad[0].key.starts_with("backends[0]") && bad[0].message.contains("unknown variant `mainframe`"), "{bad:?}");
+    assert!(
+        bad[0].key.starts_with("backends[0]") && bad[0].message.contains("unknown variant `mainframe`"),
+        "{bad:?}"
+    );
     let bad = problems(load("[[backends]]\nkind = 'local'\nslot = 1", &[], &[]));
     assert!(bad[0].message.contains("unknown field `slot`"), "{bad:?}");
     let bad = problems(load("", &[("RUNNER_LIMITS__LOGBYTES", "1")], &[]));
@@ -171,5 +182,8 @@ fn the_default_data_directory_follows_the_user() {
     assert_eq!(default_data_dir(true, None, home()), Path::new("/var/lib/runner"));
     assert_eq!(default_data_dir(false, None, home()), Path::new("/home/u/.local/share/runner"));
     assert_eq!(default_data_dir(false, Some("/x".into()), home()), Path::new("/x/runner"));
-    assert_eq!(default_data_dir(false, Some("relative".into()), home()), Path::new("/home/u/.local/share/runner"));
+    assert_eq!(
+        default_data_dir(false, Some("relative".into()), home()),
+        Path::new("/home/u/.local/share/runner")
+    );
 }

@@ -213,7 +213,9 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OrNone<T> {
         if value.as_str() == Some("none") {
             return Ok(Self::None);
         }
-        T::deserialize(value).map(Self::Some).map_err(|error| de::Error::custom(format!("{error}, or `none`")))
+        T::deserialize(value)
+            .map(Self::Some)
+            .map_err(|error| de::Error::custom(format!("{error}, or `none`")))
     }
 }
 

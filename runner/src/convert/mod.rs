@@ -43,7 +43,8 @@ impl Violations {
     /// Adds what another check found, but for fields that have a violation already: there the value was a stand-in.
     pub fn extend(&mut self, other: InvalidSpec) {
         for violation in other.0 {
-            if self.0.len() < Self::MAX && !self.0.iter().any(|known| covers(&known.field, &violation.field)) {
+            if self.0.len() < Self::MAX && !self.0.iter().any(|known| covers(&known.field, &violation.field))
+            {
                 self.0.push(violation);
             }
         }
@@ -89,7 +90,8 @@ impl Violations {
     fn duration(&mut self, field: &str, duration: Option<prost_types::Duration>) -> Option<Duration> {
         let duration = duration?;
         // Checked first: the library normalises, and would wrap some values that are out of its range.
-        let in_range = (0..=315_576_000_000).contains(&duration.seconds) && (0..1_000_000_000).contains(&duration.nanos);
+        let in_range =
+            (0..=315_576_000_000).contains(&duration.seconds) && (0..1_000_000_000).contains(&duration.nanos);
         match Duration::try_from(duration) {
             Ok(duration) if in_range => Some(duration),
             _ => {

@@ -132,7 +132,11 @@ impl TryFrom<Wire<v1::ListRequest>> for Listing {
             created_until: violations.timestamp("created_before", request.created_before),
         };
         if filter.states.len() > 64 || filter.labels.len() > 64 {
-            violations.add(if filter.states.len() > 64 { "states" } else { "labels" }, "TOO_LARGE", "at most 64");
+            violations.add(
+                if filter.states.len() > 64 { "states" } else { "labels" },
+                "TOO_LARGE",
+                "at most 64",
+            );
         }
         if request.page_size > MAX_PAGE {
             violations.add("page_size", "TOO_LARGE", format!("must be at most {MAX_PAGE}"));

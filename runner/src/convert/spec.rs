@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use runner_core::spec::{
-    Archive, Input, InputSource, InvalidSpec, Network, Output, Resources, RetryPolicy, Routing, RunSpec, SecretRef,
-    SecretTarget, TerminalSize, User,
+    Archive, Input, InputSource, InvalidSpec, Network, Output, Resources, RetryPolicy, Routing, RunSpec,
+    SecretRef, SecretTarget, TerminalSize, User,
 };
 use runner_proto::v1;
 
@@ -119,7 +119,13 @@ fn input_from_wire(i: usize, input: v1::Input, violations: &mut Violations) -> I
             None
         }
     };
-    Input { path: input.path, source, sha256: some_text(input.sha256), mode: some_number(input.mode), extract }
+    Input {
+        path: input.path,
+        source,
+        sha256: some_text(input.sha256),
+        mode: some_number(input.mode),
+        extract,
+    }
 }
 
 fn resources_from_wire(resources: v1::Resources) -> Resources {
@@ -183,7 +189,11 @@ fn retry_from_wire(retry: v1::RetryPolicy, violations: &mut Violations) -> Retry
 }
 
 /// A terminal's size; zero means the default of each.
-pub(super) fn terminal_from_wire(field: &str, terminal: &v1::Terminal, violations: &mut Violations) -> TerminalSize {
+pub(super) fn terminal_from_wire(
+    field: &str,
+    terminal: &v1::Terminal,
+    violations: &mut Violations,
+) -> TerminalSize {
     let default = TerminalSize::default();
     let mut side = |name: &str, value: u32, default: u16| match u16::try_from(value) {
         Ok(0) => default,

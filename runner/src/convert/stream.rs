@@ -62,11 +62,13 @@ fn response(cursor: StreamCursor, time: runner_core::clock::Timestamp, event: Ev
 
 fn event(body: StreamBody) -> Event {
     match body {
-        StreamBody::Event(RunEvent::StateChanged { position, reason }) => Event::StateChanged(v1::StateChanged {
-            state: state(position.state).into(),
-            attempt: position.attempt,
-            reason,
-        }),
+        StreamBody::Event(RunEvent::StateChanged { position, reason }) => {
+            Event::StateChanged(v1::StateChanged {
+                state: state(position.state).into(),
+                attempt: position.attempt,
+                reason,
+            })
+        }
         StreamBody::Event(RunEvent::Outputs(manifest)) => Event::Outputs(Wire::from(&manifest).0),
         StreamBody::Event(RunEvent::Notice(text)) => Event::Notice(v1::Notice { text }),
         StreamBody::Event(RunEvent::Terminated { position, outcome }) => Event::Terminated(v1::Terminated {

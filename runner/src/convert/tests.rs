@@ -56,8 +56,9 @@ fn any_input() -> impl Strategy<Value = Input> {
 }
 
 fn any_output() -> impl Strategy<Value = Output> {
-    (text(), option::of(any_uri()), any::<bool>(), option::of(1u64..))
-        .prop_map(|(path, destination, required, max_bytes)| Output { path, destination, required, max_bytes })
+    (text(), option::of(any_uri()), any::<bool>(), option::of(1u64..)).prop_map(
+        |(path, destination, required, max_bytes)| Output { path, destination, required, max_bytes },
+    )
 }
 
 fn any_resources() -> impl Strategy<Value = Resources> {
@@ -70,9 +71,19 @@ fn any_resources() -> impl Strategy<Value = Resources> {
         option::of(1u32..),
         option::of(1u64..),
     )
-        .prop_map(|(profile, cpu_millis, memory_bytes, ephemeral_storage_bytes, pids, gpus, file_size_bytes)| {
-            Resources { profile, cpu_millis, memory_bytes, ephemeral_storage_bytes, pids, gpus, file_size_bytes }
-        })
+        .prop_map(
+            |(profile, cpu_millis, memory_bytes, ephemeral_storage_bytes, pids, gpus, file_size_bytes)| {
+                Resources {
+                    profile,
+                    cpu_millis,
+                    memory_bytes,
+                    ephemeral_storage_bytes,
+                    pids,
+                    gpus,
+                    file_size_bytes,
+                }
+            },
+        )
 }
 
 fn any_secret() -> impl Strategy<Value = SecretRef> {
@@ -248,7 +259,8 @@ fn all_bad_fields_are_told_at_once_with_those_that_the_domain_finds() {
         }),
     };
     let (tenant, limits) = ("default".parse().unwrap(), Limits::default());
-    let InvalidSpec(found) = RunRequest::try_from(RunCall { message: request, tenant: &tenant, limits: &limits }).unwrap_err();
+    let InvalidSpec(found) =
+        RunRequest::try_from(RunCall { message: request, tenant: &tenant, limits: &limits }).unwrap_err();
     let mut fields: Vec<&str> = found.iter().map(|violation| violation.field.as_str()).collect();
     fields.sort_unstable();
     assert_eq!(
@@ -273,16 +285,24 @@ fn all_bad_fields_are_told_at_once_with_those_that_the_domain_finds() {
 #[test]
 fn a_missing_spec_is_a_violation() {
     let (tenant, limits) = ("default".parse().unwrap(), Limits::default());
-    let InvalidSpec(found) = RunRequest::try_from(RunCall { message: v1::RunRequest::default(), tenant: &tenant, limits: &limits }).unwrap_err();
+    let InvalidSpec(found) = RunRequest::try_from(RunCall {
+        message: v1::RunRequest::default(),
+        tenant: &tenant,
+        limits: &limits,
+    })
+    .unwrap_err();
     assert_eq!((found.len(), found[0].field.as_str(), found[0].reason.as_str()), (1, "spec", "REQUIRED"));
 }
 
 #[test]
 fn page_tokens_read_back_and_others_are_refused() {
-    let cursor =
-        PageCursor { created: Timestamp::from_micros(-5), id: RunId::new(Uuid::from_u128(9)) };
+    let cursor = PageCursor { created: Timestamp::from_micros(-5), id: RunId::new(Uuid::from_u128(9)) };
     let page = |token: &str, size| {
-        Listing::try_from(Wire(v1::ListRequest { page_token: token.to_owned(), page_size: size, ..Default::default() }))
+        Listing::try_from(Wire(v1::ListRequest {
+            page_token: token.to_owned(),
+            page_size: size,
+            ..Default::default()
+        }))
     };
     let token = page_token(cursor);
     assert_eq!(page(&token, 0).unwrap().after, Some(cursor));

@@ -6,7 +6,8 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use runner_artifacts::blob::BlobMethod;
 use runner_core::{
     artifact::{
-        ArtifactErrorKind, ArtifactKey, ArtifactUri, EntryKind, MANIFEST_NAME, Manifest, ManifestEntry, read_small,
+        ArtifactErrorKind, ArtifactKey, ArtifactUri, EntryKind, MANIFEST_NAME, Manifest, ManifestEntry,
+        read_small,
     },
     id::TenantId,
     service::ServiceError,
@@ -49,7 +50,13 @@ fn upload_id(text: &str, violations: &mut Violations) -> Option<Uuid> {
 }
 
 impl Api {
-    fn sign(&self, method: BlobMethod, key: &ArtifactKey, size: Option<u64>, sha256: Option<&str>) -> v1::SignedUrl {
+    fn sign(
+        &self,
+        method: BlobMethod,
+        key: &ArtifactKey,
+        size: Option<u64>,
+        sha256: Option<&str>,
+    ) -> v1::SignedUrl {
         let lifetime = self.config.grant_lifetime.0;
         v1::SignedUrl {
             method: method.as_str().to_owned(),
@@ -62,7 +69,9 @@ impl Api {
     async fn read_manifest(&self, key: &ArtifactKey) -> Result<Option<Manifest>, Status> {
         match read_small(self.artifacts.as_ref(), key, MAX_MANIFEST_BYTES).await {
             Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-                status::service(&ServiceError::Internal(format!("the manifest {key} does not decode: {error}")))
+                status::service(&ServiceError::Internal(format!(
+                    "the manifest {key} does not decode: {error}"
+                )))
             }),
             Err(error) if error.kind == ArtifactErrorKind::NotFound => Ok(None),
             Err(error) => Err(status::artifact(&error)),
@@ -70,7 +79,12 @@ impl Api {
     }
 
     /// The manifest of what was uploaded.
-    async fn gather(&self, tenant: &TenantId, upload: &Uuid, entries: Vec<Wanted>) -> Result<Manifest, Status> {
+    async fn gather(
+        &self,
+        tenant: &TenantId,
+        upload: &Uuid,
+        entries: Vec<Wanted>,
+    ) -> Result<Manifest, Status> {
         // Boxed futures: the borrow of `self` in a buffered stream is not general enough for the caller's `Send` bound.
         let found: Vec<Result<ManifestEntry, usize>> = stream::iter(entries.into_iter().map(|entry| {
             let store = std::sync::Arc::clone(&self.artifacts);
@@ -89,8 +103,9 @@ impl Api {
                         key: None,
                     }));
                 }
-                let key = record::file_key(&tenant, &upload, &path)
-                    .map_err(|error| status::service(&ServiceError::field("entries", "INVALID", error.to_string())))?;
+                let key = record::file_key(&tenant, &upload, &path).map_err(|error| {
+                    status::service(&ServiceError::field("entries", "INVALID", error.to_string()))
+                })?;
                 match record::of(store.as_ref(), &key).await {
                     Ok(digest) => Ok(Ok(ManifestEntry {
                         output: String::new(),
@@ -199,7 +214,9 @@ impl Artifacts for Api {
             violations.add("size", "TOO_LARGE", what);
         }
         let sha256 = (!request.sha256.is_empty()).then_some(request.sha256.as_str());
-        if sha256.is_some_and(|hex| hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))) {
+        if sha256.is_some_and(|hex| {
+            hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        }) {
             violations.add("sha256", "INVALID", "must be 64 lower-case hexadecimal digits");
         }
         let (upload, key) =
@@ -229,7 +246,9 @@ impl Artifacts for Api {
         let mut violations = Violations::default();
         let upload = upload_id(&request.upload_id, &mut violations);
         let entries = check_entries(request.entries, &mut violations);
-        let Some(upload) = violations.finish(upload).map_err(|e| status::invalid(&e))? else { return Err(sealed()) };
+        let Some(upload) = violations.finish(upload).map_err(|e| status::invalid(&e))? else {
+            return Err(sealed());
+        };
         let manifest = self.gather(&tenant, &upload, entries).await?;
         let key = manifest_key(&tenant, &upload)?;
         match self.read_manifest(&key).await? {

@@ -83,7 +83,9 @@ impl Attached {
             (Attachment::Open(_), Some(_)) => {
                 return Err(misplaced("open", "only the first message names the run"));
             }
-            (Attachment::Input(_), None) => return Err(misplaced("open", "the first message must name the run")),
+            (Attachment::Input(_), None) => {
+                return Err(misplaced("open", "the first message must name the run"));
+            }
             (Attachment::Input(WorkloadInput::Stdin(mut bytes)), Some(_)) => {
                 let first = bytes.split_to(bytes.len().min(STDIN_CHUNK));
                 while !bytes.is_empty() {
@@ -100,7 +102,9 @@ impl Attached {
     }
 
     async fn send_stdin(&mut self, chunk: Bytes) -> Result<v1::AttachResponse, Status> {
-        let Some(run) = self.run else { return Err(misplaced("open", "the first message must name the run")) };
+        let Some(run) = self.run else {
+            return Err(misplaced("open", "the first message must name the run"));
+        };
         let length = chunk.len() as u64;
         // An empty chunk would be the end of input to some pipes.
         if length > 0 {
@@ -132,11 +136,15 @@ impl Attached {
         let mut events = self.service.stream(&self.caller, id, from, options).await?;
         while let Some(item) = events.next().await {
             match item?.body {
-                StreamBody::Event(RunEvent::StateChanged { position, .. }) if position.state == RunState::Running => {
+                StreamBody::Event(RunEvent::StateChanged { position, .. })
+                    if position.state == RunState::Running =>
+                {
                     return Ok(());
                 }
                 StreamBody::Event(RunEvent::Terminated { .. }) => return Err(too_late(&record)),
-                StreamBody::Event(RunEvent::StateChanged { .. } | RunEvent::Outputs(_) | RunEvent::Notice(_))
+                StreamBody::Event(
+                    RunEvent::StateChanged { .. } | RunEvent::Outputs(_) | RunEvent::Notice(_),
+                )
                 | StreamBody::Log { .. }
                 | StreamBody::Progress(_)
                 | StreamBody::KeepAlive => {}

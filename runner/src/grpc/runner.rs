@@ -39,11 +39,17 @@ impl Runner for Api {
         Ok(Response::new(Watching::new(items, self.draining.clone())))
     }
 
-    async fn cancel(&self, request: Request<v1::CancelRequest>) -> Result<Response<v1::CancelResponse>, Status> {
+    async fn cancel(
+        &self,
+        request: Request<v1::CancelRequest>,
+    ) -> Result<Response<v1::CancelResponse>, Status> {
         let request = request.into_inner();
         let id = run_id("run_id", &request.run_id).map_err(|e| status::invalid(&e))?;
-        let record =
-            self.service.cancel(self.auth.caller(), id, request.reason).await.map_err(|e| status::service(&e))?;
+        let record = self
+            .service
+            .cancel(self.auth.caller(), id, request.reason)
+            .await
+            .map_err(|e| status::service(&e))?;
         Ok(Response::new(v1::CancelResponse { run: Some(run::with_spec(&record)) }))
     }
 

@@ -17,7 +17,13 @@ fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
-async fn create(harness: &Harness, upload: &str, path: &str, bytes: &[u8], digest: bool) -> v1::CreateUploadResponse {
+async fn create(
+    harness: &Harness,
+    upload: &str,
+    path: &str,
+    bytes: &[u8],
+    digest: bool,
+) -> v1::CreateUploadResponse {
     let request = v1::CreateUploadRequest {
         upload_id: upload.to_owned(),
         path: path.to_owned(),
@@ -75,18 +81,30 @@ async fn a_tree_is_uploaded_sealed_and_downloaded() {
     assert!(uri.is_tree());
     let stored = harness.artifacts.bytes(&uri.key().join(MANIFEST_NAME).unwrap()).unwrap();
     let manifest: Manifest = serde_json::from_slice(&stored).unwrap();
-    let entries: Vec<_> = manifest.entries.iter().map(|e| (e.path.as_str(), e.size, e.mode, e.sha256.as_str())).collect();
+    let entries: Vec<_> =
+        manifest.entries.iter().map(|e| (e.path.as_str(), e.size, e.mode, e.sha256.as_str())).collect();
     let (hello, braces) = (sha256(b"hello"), sha256(b"{}"));
     assert_eq!(
         entries,
-        [("a/b.txt", 5, 0o755, hello.as_str()), ("empty", 0, 0o755, ""), (MANIFEST_NAME, 2, 0o644, braces.as_str())]
+        [
+            ("a/b.txt", 5, 0o755, hello.as_str()),
+            ("empty", 0, 0o755, ""),
+            (MANIFEST_NAME, 2, 0o644, braces.as_str())
+        ]
     );
     assert_eq!(manifest.entries[0].key.as_ref(), Some(&key(&first)));
     // Again is the same; otherwise is refused; and so is one more file.
     assert_eq!(harness.artifacts_client().await.seal_tree(request()).await.unwrap().into_inner(), sealed);
     let other = v1::SealTreeRequest { upload_id: first.upload_id.clone(), entries: vec![entry("a/b.txt")] };
-    assert_eq!(harness.artifacts_client().await.seal_tree(other).await.unwrap_err().code(), Code::FailedPrecondition);
-    let late = v1::CreateUploadRequest { upload_id: first.upload_id.clone(), path: "c".to_owned(), ..Default::default() };
+    assert_eq!(
+        harness.artifacts_client().await.seal_tree(other).await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    let late = v1::CreateUploadRequest {
+        upload_id: first.upload_id.clone(),
+        path: "c".to_owned(),
+        ..Default::default()
+    };
     let status = harness.artifacts_client().await.create_upload(late).await.unwrap_err();
     assert_eq!(status.get_error_details().error_info().unwrap().reason, "UPLOAD_SEALED");
 
@@ -108,11 +126,10 @@ async fn sealing_names_what_was_not_uploaded_and_what_is_malformed() {
         violations.iter().map(|violation| violation.field.clone()).collect::<Vec<_>>()
     };
     assert_eq!(seal(vec![entry("a"), entry("missing")]).await, ["entries[1].path"]);
-    assert_eq!(seal(vec![entry("a"), entry("a/b"), entry("../x"), entry("a")]).await, [
-        "entries[1].path",
-        "entries[2].path",
-        "entries[3].path"
-    ]);
+    assert_eq!(
+        seal(vec![entry("a"), entry("a/b"), entry("../x"), entry("a")]).await,
+        ["entries[1].path", "entries[2].path", "entries[3].path"]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -169,7 +186,10 @@ async fn nothing_is_visible_of_bytes_that_are_not_what_was_promised() {
     // Chunked, so that nothing is announced.
     let chunked = [("transfer-encoding", "chunked")];
     let mut stream = tokio::net::TcpStream::connect(harness.listen).await.unwrap();
-    let head = format!("PUT {url} HTTP/1.1\r\nhost: x\r\n{}: {}\r\nconnection: close\r\n\r\n", chunked[0].0, chunked[0].1);
+    let head = format!(
+        "PUT {url} HTTP/1.1\r\nhost: x\r\n{}: {}\r\nconnection: close\r\n\r\n",
+        chunked[0].0, chunked[0].1
+    );
     let body = "6\r\nhello!\r\n0\r\n\r\n";
     tokio::io::AsyncWriteExt::write_all(&mut stream, format!("{head}{body}").as_bytes()).await.unwrap();
     let mut answer = String::new();
@@ -217,7 +237,11 @@ async fn paths_that_climb_are_refused_everywhere() {
     for path in ["../x", "/etc/passwd", "a/../../x", "a//b", ".", "", "a\0b"] {
         let request = v1::CreateUploadRequest { path: path.to_owned(), size: 1, ..Default::default() };
         let status = harness.artifacts_client().await.create_upload(request).await.unwrap_err();
-        assert_eq!(status.get_error_details().bad_request().unwrap().field_violations[0].field, "path", "{path:?}");
+        assert_eq!(
+            status.get_error_details().bad_request().unwrap().field_violations[0].field,
+            "path",
+            "{path:?}"
+        );
     }
     for uri in ["artifact:uploads/default/../other/x", "artifact:/etc/passwd", "file:///etc/passwd"] {
         let request = v1::CreateDownloadRequest { uri: uri.to_owned() };
@@ -225,13 +249,16 @@ async fn paths_that_climb_are_refused_everywhere() {
         assert_eq!(status.code(), Code::InvalidArgument, "{uri}");
     }
     // Another tenant's artifact is not told from one that does not exist.
-    for uri in ["artifact:uploads/other/x/files/y", "artifact:uploads/default/x/files/y", "artifact:secret/x"] {
+    for uri in ["artifact:uploads/other/x/files/y", "artifact:uploads/default/x/files/y", "artifact:secret/x"]
+    {
         let request = v1::CreateDownloadRequest { uri: uri.to_owned() };
         let status = harness.artifacts_client().await.create_download(request).await.unwrap_err();
         assert_eq!(status.get_error_details().error_info().unwrap().reason, "ARTIFACT_NOT_FOUND", "{uri}");
     }
     let signature = "0".repeat(64);
-    for path in ["../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "uploads%2f..%2f..%2fx", "", "uploads/default/"] {
+    for path in
+        ["../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "uploads%2f..%2f..%2fx", "", "uploads/default/"]
+    {
         let target = format!("/blob/v1/{path}?method=GET&expires=99999999999&sig={signature}");
         let answer = get(&harness, &target, &[]).await;
         assert!(matches!(answer.status, 400 | 403 | 404), "{path}: {answer:?}");

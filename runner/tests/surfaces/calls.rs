@@ -14,7 +14,8 @@ fn reason(status: &Status) -> String {
 }
 
 async fn stream(harness: &Harness, run_id: &str, cursor: &str) -> Streaming<v1::StreamResponse> {
-    let request = v1::StreamRequest { run_id: run_id.to_owned(), cursor: cursor.to_owned(), ..Default::default() };
+    let request =
+        v1::StreamRequest { run_id: run_id.to_owned(), cursor: cursor.to_owned(), ..Default::default() };
     harness.runner().await.stream(request).await.unwrap().into_inner()
 }
 
@@ -74,7 +75,15 @@ async fn a_run_is_accepted_streamed_resumed_and_answered_for() {
             }
             assert!(rest == log[*seen..], "resumed from {cursor}");
         }
-        let run = harness.runner().await.get(v1::GetRequest { run_id: id }).await.unwrap().into_inner().run.unwrap();
+        let run = harness
+            .runner()
+            .await
+            .get(v1::GetRequest { run_id: id })
+            .await
+            .unwrap()
+            .into_inner()
+            .run
+            .unwrap();
         assert_eq!((run.attempts.len(), run.tenant.as_str()), (1, "default"));
         assert!(run.spec.is_some() && run.outcome.is_some());
     })
@@ -89,8 +98,13 @@ async fn bad_fields_come_back_as_typed_violations() {
     let status = harness.runner().await.run(run_request(bad)).await.unwrap_err();
     assert_eq!((status.code(), reason(&status).as_str()), (Code::InvalidArgument, "INVALID_ARGUMENT"));
     let details = status.get_error_details();
-    let fields: Vec<&str> =
-        details.bad_request().unwrap().field_violations.iter().map(|violation| violation.field.as_str()).collect();
+    let fields: Vec<&str> = details
+        .bad_request()
+        .unwrap()
+        .field_violations
+        .iter()
+        .map(|violation| violation.field.as_str())
+        .collect();
     assert_eq!(fields, ["spec.user", "spec.working_dir"]);
     // What the backend cannot do is refused in the same way.
     let image = v1::RunSpec { image: "other".to_owned(), ..spec(&["exit", "0"]) };
@@ -102,7 +116,8 @@ async fn bad_fields_come_back_as_typed_violations() {
 async fn the_same_key_is_the_same_run_and_another_spec_is_refused() {
     let harness = Harness::start().await;
     let mut runner = harness.runner().await;
-    let request = |program: &[&str]| v1::RunRequest { idempotency_key: "k".to_owned(), ..run_request(spec(program)) };
+    let request =
+        |program: &[&str]| v1::RunRequest { idempotency_key: "k".to_owned(), ..run_request(spec(program)) };
     let first = runner.run(request(&["exit", "0"])).await.unwrap().into_inner();
     let again = runner.run(request(&["exit", "0"])).await.unwrap().into_inner();
     assert_eq!((first.created, again.created), (true, false));
@@ -183,12 +198,14 @@ async fn attached_input_is_split_acknowledged_and_delivered_exactly() {
     let harness = Harness::start().await;
     soon(async {
         let program = v1::RunSpec { stdin: true, ..spec(&["echo-stdin"]) };
-        let id = harness.runner().await.run(run_request(program)).await.unwrap().into_inner().run.unwrap().run_id;
+        let id =
+            harness.runner().await.run(run_request(program)).await.unwrap().into_inner().run.unwrap().run_id;
         let (send, requests) = tokio::sync::mpsc::channel(4);
         let message = |message| v1::AttachRequest { message: Some(message) };
         let open = v1::AttachOpen { run_id: id.clone() };
         send.send(message(Message::Open(open))).await.unwrap();
-        let mut answers = harness.runner().await.attach(ReceiverStream::new(requests)).await.unwrap().into_inner();
+        let mut answers =
+            harness.runner().await.attach(ReceiverStream::new(requests)).await.unwrap().into_inner();
         assert!(answers.message().await.unwrap().unwrap().ready);
         let input: Vec<u8> = (0..200_000u32).map(|i| i.to_le_bytes()[0]).collect();
         send.send(message(Message::Stdin(input.clone().into()))).await.unwrap();
@@ -212,7 +229,8 @@ async fn attach_begins_with_open_and_wants_a_run_that_takes_input() {
     let harness = Harness::start().await;
     soon(async {
         let first = v1::AttachRequest { message: Some(Message::Stdin("x".into())) };
-        let mut answers = harness.runner().await.attach(tokio_stream::once(first)).await.unwrap().into_inner();
+        let mut answers =
+            harness.runner().await.attach(tokio_stream::once(first)).await.unwrap().into_inner();
         let status = answers.message().await.unwrap_err();
         assert_eq!(status.get_error_details().bad_request().unwrap().field_violations[0].field, "open");
 
@@ -285,7 +303,8 @@ async fn a_stop_ends_streams_with_unavailable_and_stays_within_its_time() {
     let mut watching = stream(&harness, &id, "").await;
     let mut runner = harness.runner().await;
     let listen = harness.listen;
-    let stopping = tokio::time::timeout(Duration::from_secs(10), harness.surfaces.stop(Duration::from_secs(8)));
+    let stopping =
+        tokio::time::timeout(Duration::from_secs(10), harness.surfaces.stop(Duration::from_secs(8)));
     let ended = async {
         loop {
             match watching.message().await {

@@ -27,7 +27,9 @@ fn refused(output: &Output, code: i32, part: &str) {
 
 fn serve(dir: &Path, more: &[&str]) -> Output {
     let mut args = vec!["serve", "--data-dir", dir.to_str().unwrap()];
-    args.extend(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"].iter().filter(|_| more.is_empty()));
+    args.extend(
+        ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"].iter().filter(|_| more.is_empty()),
+    );
     args.extend(more);
     runner(&args)
 }
@@ -48,7 +50,10 @@ fn a_data_directory_that_cannot_be_written_is_refused() {
 #[test]
 fn an_address_beyond_loopback_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    for args in [["--listen", "0.0.0.0:0", "--ops-listen", "127.0.0.1:0"], ["--listen", "127.0.0.1:0", "--ops-listen", "[::]:0"]] {
+    for args in [
+        ["--listen", "0.0.0.0:0", "--ops-listen", "127.0.0.1:0"],
+        ["--listen", "127.0.0.1:0", "--ops-listen", "[::]:0"],
+    ] {
         refused(&serve(dir.path(), &args), 1, "callers are not authenticated");
     }
 }
@@ -87,7 +92,10 @@ fn dump_and_schema_are_data() {
     let dump = runner(&["config", "dump", "--output", "json", "--data-dir", "/srv/x"]);
     assert!(dump.status.success());
     let json: serde_json::Value = serde_json::from_slice(&dump.stdout).unwrap();
-    assert_eq!((json["data_dir"].as_str(), json["listen"].as_str()), (Some("/srv/x"), Some("127.0.0.1:7600")));
+    assert_eq!(
+        (json["data_dir"].as_str(), json["listen"].as_str()),
+        (Some("/srv/x"), Some("127.0.0.1:7600"))
+    );
     let schema: serde_json::Value = serde_json::from_slice(&runner(&["config", "schema"]).stdout).unwrap();
     assert!(schema["properties"]["limits"].is_object());
 }
