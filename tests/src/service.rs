@@ -275,12 +275,10 @@ impl Service {
             shims.iter().filter(|pid| u32::try_from(**pid).ok() != own).map(|pid| format!("pid {pid}")),
         );
         left.extend(own.into_iter().flat_map(proc::zombies_of));
-        // An upload that was cut short must not be found beside the objects.
-        walk(&data_dir.join("objects"), &mut |path| {
-            if path.file_name().is_some_and(|name| name.to_string_lossy().contains('#')) {
-                left.push(path.display().to_string());
-            }
-        });
+        // What was cut short on its way into the object store.
+        for entry in fs::read_dir(data_dir.join("objects/partial")).into_iter().flatten().filter_map(Result::ok) {
+            left.push(entry.path().display().to_string());
+        }
         left
     }
 }
@@ -307,15 +305,6 @@ impl Drop for Reaped {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-fn walk(dir: &Path, visit: &mut impl FnMut(&Path)) {
-    for entry in fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok) {
-        visit(&entry.path());
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            walk(&entry.path(), visit);
-        }
     }
 }
 

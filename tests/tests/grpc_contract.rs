@@ -9,7 +9,7 @@ use runner_tests::{
     service::{Service, eventually, watch, watch_for, within},
 };
 use worker_client::{
-    Client, ClientError, ErrorKind, ListFilter, RunOptions, RunSpec, StreamOptions,
+    Client, ClientError, ErrorKind, ListFilter, RunOptions, RunSpec, StreamOptions, TransferOptions,
     proto::{self, RunState},
 };
 
@@ -502,6 +502,55 @@ async fn an_input_that_is_not_there_or_not_what_was_promised_is_told() {
         assert_eq!((end.exit_code(), end.outcome.retryable), (None, false));
         service.assert_clean(&[handle.id()]).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_input_that_vanishes_between_admission_and_staging_is_told() {
+    let backends = r#"[{ kind = "local", name = "local", slots = 1 }]"#;
+    let service = Service::start_with(&[("RUNNER_BACKENDS", backends)]).await;
+    let client = service.client();
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let uploaded = client.upload_file(file.path(), TransferOptions::default()).await.expect("upload");
+    let first = client.run(shell("echo ready; exec sleep 100000")).await.expect("run");
+    watch_for(&client, first.id(), "ready").await;
+    let waiting = client.run(shell("exit 0").input("/inputs/x", uploaded.uri)).await.expect("run");
+    assert_eq!(waiting.get().await.expect("get").state(), RunState::Queued);
+    std::fs::remove_dir_all(service.data_dir().join("objects/objects/uploads"))
+        .expect("take the uploads away");
+    first.cancel("make room").await.expect("cancel");
+    let end = within("the end", waiting.wait()).await.expect("the end");
+    assert_eq!(
+        (end.state, end.cause(), end.exit_code()),
+        (RunState::Failed, proto::Cause::Input, None),
+        "{end:?}"
+    );
+    first.wait().await.expect("the end");
+    service.assert_clean(&[first.id(), waiting.id()]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_attempt_of_a_retried_run_keeps_its_own_log_and_outcome() {
+    let service = Service::start().await;
+    let client = service.client();
+    let policy = proto::RetryPolicy {
+        max_attempts: 3,
+        initial_backoff: Some(worker_client::convert::duration_to_proto(Duration::from_millis(50))),
+        causes: vec![proto::Cause::Exited.into()],
+        ..proto::RetryPolicy::default()
+    };
+    let spec = shell("echo attempt $RUNNER_ATTEMPT; exit $((RUNNER_ATTEMPT + 3))").retry_policy(policy);
+    let handle = client.run(spec).await.expect("run");
+    let watched = watch(&client, handle.id(), "").await;
+    assert_eq!(String::from_utf8_lossy(&watched.out), "attempt 1\nattempt 2\nattempt 3\n");
+    assert_eq!((watched.end().state, watched.end().exit_code()), (RunState::Failed, Some(6)));
+    let run = handle.get().await.expect("get");
+    let codes: Vec<_> = run
+        .attempts
+        .iter()
+        .map(|attempt| attempt.outcome.as_ref().and_then(|outcome| outcome.status))
+        .collect();
+    assert_eq!(codes, [4, 5, 6].map(|code| Some(proto::outcome::Status::ExitCode(code))));
+    service.assert_clean(&[handle.id()]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
