@@ -151,10 +151,12 @@ fn serve_until_told(loaded: &Loaded) -> ExitCode {
         return failure(&std::io::Error::other(error));
     }
     serve::raise_file_limit();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return failure(&error),
-    };
+    // Blocking work is file work; more threads than this only wait for the same disk.
+    let runtime =
+        match tokio::runtime::Builder::new_multi_thread().max_blocking_threads(128).enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return failure(&error),
+        };
     let code = runtime.block_on(run(loaded));
     // What still blocks, for example on a disk that does not answer, is not waited for.
     runtime.shutdown_timeout(Duration::from_millis(100));
