@@ -5,6 +5,8 @@
 mod script;
 mod staging;
 mod substrate;
+#[cfg(test)]
+mod tests;
 mod workload;
 
 use std::{sync::Arc, time::Duration};
