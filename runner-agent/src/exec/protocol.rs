@@ -196,7 +196,8 @@ pub enum ExitReason {
     /// By itself; also by a signal that the shim did not send. A program that could not be found or executed ends so too,
     /// with 127 or 126, as from a shell.
     Exited,
-    /// The kernel killed it, or a process of it, at the memory limit, and the program itself died of it.
+    /// The kernel killed it, or a process of it, at the memory limit, and the program itself died of it, or passed on the 137
+    /// of a shell whose last command did.
     OomKilled,
     /// The shim ended it: the time was up.
     TimedOut,

@@ -416,7 +416,10 @@ fn judge(seen: Seen, counters: Counters, log_bytes: u64, clock: &SystemClock) ->
             );
         }
         match status {
-            Some(ExitStatus::Signal(libc::SIGKILL)) if counters.oom_kills > 0 => ExitReason::OomKilled,
+            // 137 is what a shell says whose last command was killed: passed on, the limit is still what ended the run.
+            Some(ExitStatus::Signal(libc::SIGKILL) | ExitStatus::Code(137)) if counters.oom_kills > 0 => {
+                ExitReason::OomKilled
+            }
             _ => ExitReason::Exited,
         }
     };

@@ -222,6 +222,15 @@ fn a_child_that_is_killed_at_the_memory_limit_is_evidence_and_not_the_end() {
 }
 
 #[test]
+fn a_shell_that_passes_on_the_death_of_its_last_command_is_killed_at_the_memory_limit_too() {
+    let Some(plan) = cgroup(Some(32 << 20), None) else { return skip("no control group for memory") };
+    let mut spec = shell("echo before; tail /dev/zero; exit $?");
+    spec.cgroup = Some(plan);
+    let done = run(spec);
+    assert_eq!((done.exit.reason, done.exit.status), (ExitReason::OomKilled, Some(ExitStatus::Code(137))));
+}
+
+#[test]
 fn a_control_group_that_cannot_be_made_is_a_failed_set_up_that_names_it() {
     let mut spec = spec(&["true"]);
     let directory = std::path::PathBuf::from("/sys/fs/cgroup/no-such-controller/x/y");
