@@ -119,9 +119,9 @@ fn what_was_acknowledged_survives_a_kill() {
     for round in 0..3 {
         let mut child = start_child(dir.path());
         let pid = child.0.id();
-        let mut lines = BufReader::new(child.0.stdout.take().unwrap()).lines();
+        let lines = BufReader::new(child.0.stdout.take().unwrap()).lines();
         let mut seen = 0;
-        while let Some(line) = lines.next() {
+        for line in lines {
             // The last line may have been cut by the kill; one that is cut is not an acknowledgement.
             let line = line.unwrap();
             // The harness writes its own words before the first, on the same line.
