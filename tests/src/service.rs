@@ -276,7 +276,9 @@ impl Service {
         );
         left.extend(own.into_iter().flat_map(proc::zombies_of));
         // What was cut short on its way into the object store.
-        for entry in fs::read_dir(data_dir.join("objects/partial")).into_iter().flatten().filter_map(Result::ok) {
+        for entry in
+            fs::read_dir(data_dir.join("objects/partial")).into_iter().flatten().filter_map(Result::ok)
+        {
             left.push(entry.path().display().to_string());
         }
         left
