@@ -11,7 +11,15 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     setup::run()?;
     if filters.is_empty() {
         process::run(cargo()?.args(["fmt", "--all", "--check"]))?;
-        process::run(cargo()?.args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+        process::run(cargo()?.args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--keep-going",
+            "--",
+            "-D",
+            "warnings",
+        ]))?;
         check_deps::run()?;
     }
     // All at once, with the features that the tests have too: the programs that tests start are built once, here.
