@@ -113,7 +113,8 @@ impl LocalBackend {
             .create(&base)
             .map_err(|source| OpenError::directory("make", &base, source))?;
         let tag = format!("{}-{}", config.name, std::process::id());
-        let machine = Machine::detect(&config, &agent, &base, tag).await?;
+        let mut machine = Machine::detect(&config, &agent, &base, tag).await?;
+        machine.cgroups.set_owner(&instance);
         let sweeping = base.clone();
         let swept = tokio::task::spawn_blocking(move || attempt_dir::sweep(&sweeping))
             .await

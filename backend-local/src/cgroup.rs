@@ -33,6 +33,9 @@ pub(crate) struct Cgroups {
     pub(crate) swap: bool,
     /// Why something is not there, for people.
     pub(crate) notes: Vec<String>,
+    /// Whose they are: a part of each group's name. Callers choose run ids, so that two services on one machine may have
+    /// the same attempt, and must not end one another's processes.
+    pub(crate) owner: String,
 }
 
 /// Finds the hierarchies in `/proc/self/mountinfo` and `/proc/self/cgroup`.
@@ -202,12 +205,17 @@ impl Cgroups {
         }
     }
 
+    /// Says whose the groups are. Of `instance`, what a directory's name may hold is taken.
+    pub(crate) fn set_owner(&mut self, instance: &str) {
+        self.owner = instance.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
+    }
+
     /// The groups of an attempt with these limits; `None` where none is needed, or none can be made.
     ///
     /// Where processes can be counted, there is always one: it proves at the end that nothing is left.
     pub(crate) fn plan(&self, attempt: AttemptId, resources: &Resources) -> Option<CgroupPlan> {
         let mut plan = CgroupPlan { directories: Vec::new(), settings: Vec::new(), version: self.version };
-        let name = format!("runner-{attempt}");
+        let name = format!("runner-{}-{attempt}", self.owner);
         let mut add = |parent: &Path, settings: Vec<(&str, String)>| {
             let group = parent.join(&name);
             plan.settings.extend(settings.into_iter().map(|(file, value)| (group.join(file), value)));
@@ -306,10 +314,11 @@ mod tests {
             cpu: Some("/c".into()),
             swap: true,
             notes: Vec::new(),
+            owner: "us".to_owned(),
         };
         let resources = Resources { pids: Some(9), memory_bytes: Some(1 << 20), ..Resources::default() };
         let plan = groups.plan(attempt(), &resources).unwrap();
-        let name = format!("runner-{}", attempt());
+        let name = format!("runner-us-{}", attempt());
         assert_eq!(plan.directories, [Path::new("/p").join(&name), Path::new("/m").join(&name)]);
         assert_eq!(
             plan.settings,
@@ -329,6 +338,7 @@ mod tests {
             memory: parent.clone(),
             pids: parent.clone(),
             cpu: parent,
+            owner: "us".to_owned(),
             ..Cgroups::default()
         };
         let resources = Resources {
@@ -338,7 +348,7 @@ mod tests {
             ..Resources::default()
         };
         let plan = groups.plan(attempt(), &resources).unwrap();
-        let group = Path::new("/u").join(format!("runner-{}", attempt()));
+        let group = Path::new("/u").join(format!("runner-us-{}", attempt()));
         assert_eq!(plan.directories, std::slice::from_ref(&group));
         assert_eq!(plan.settings[2], (group.join("cpu.max"), "150000 100000".to_owned()));
     }

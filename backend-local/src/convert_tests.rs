@@ -22,6 +22,7 @@ fn machine() -> Machine {
             pids: Some("/cg".into()),
             cpu: Some("/cg".into()),
             swap: false,
+            owner: "us".to_owned(),
             notes: Vec::new(),
         },
         privileged: true,
@@ -83,7 +84,7 @@ fn the_least_spec_becomes_a_confined_program_of_the_host() {
         ],
         "user": {"uid": 65532, "gid": 65532},
         "namespaces": {"user": false, "mount": true, "pid": true, "network": true, "ipc": true, "uts": true},
-        "cgroup": {"directories": [format!("/cg/runner-{RUN}.2")], "settings": [], "version": 2},
+        "cgroup": {"directories": [format!("/cg/runner-us-{RUN}.2")], "settings": [], "version": 2},
         "file_size_bytes": null,
         "address_space_bytes": null,
         "nproc": null,
@@ -134,7 +135,7 @@ fn every_field_of_a_full_spec_is_passed_on() {
     assert_eq!(got.user, User { uid: 1000, gid: 1001 });
     assert!(!got.namespaces.network, "egress is the machine's network");
     assert!(got.namespaces.mount && got.namespaces.pid);
-    let group = PathBuf::from(format!("/cg/runner-{RUN}.2"));
+    let group = PathBuf::from(format!("/cg/runner-us-{RUN}.2"));
     assert_eq!(
         got.cgroup.unwrap().settings,
         [("pids.max", "10"), ("memory.max", "1073741824"), ("cpu.max", "50000 100000")]
