@@ -1,10 +1,11 @@
 //! Cancel: in every phase, twice, after a restart, against an exit.
 
+use std::time::Duration;
+
 use runner_tests::{
     proc,
     service::{Service, watch, watch_for, within},
 };
-use std::time::Duration;
 use worker_client::proto::{self, RunState};
 
 use crate::shell;

@@ -1,9 +1,13 @@
 //! What happens to a run on its way: inputs that fail, retries, hostile outputs, terminals and input.
 
-use runner_tests::service::{Service, watch, watch_for, within};
 use std::time::Duration;
+
+use runner_tests::{
+    proc,
+    service::{Service, watch, watch_for, within},
+};
 use worker_client::{
-    ErrorKind, TransferOptions,
+    ErrorKind, RunOptions, TransferOptions,
     proto::{self, RunState},
 };
 
@@ -125,4 +129,31 @@ async fn attach_is_refused_where_nobody_listens() {
     deaf.wait().await.expect("the end");
     let error = client.attach(SOME_ID).await.map(|_| ()).expect_err("no such run");
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_services_on_one_machine_may_have_a_run_with_the_same_id() {
+    let (one, other) = (Service::start().await, Service::start().await);
+    for _ in 0..3 {
+        let id = a_run_id();
+        let options = RunOptions { run_id: Some(id.clone()), idempotency_key: None };
+        let spec = shell("echo ready; exec sleep 100000").stop_grace(Duration::ZERO);
+        let first = one.client().run_with(spec.clone(), options.clone()).await.expect("run");
+        watch_for(&one.client(), first.id(), "ready").await;
+        let second = other.client().run_with(spec, options).await.expect("run");
+        watch_for(&other.client(), second.id(), "ready").await;
+        second.cancel("only this one").await.expect("cancel");
+        assert_eq!(second.wait().await.expect("the end").state, RunState::Cancelled);
+        assert_eq!(proc::with_environment("RUNNER_RUN_ID", &id).len(), 1, "the other one lives");
+        assert_eq!(first.get().await.expect("get").state(), RunState::Running);
+        first.cancel("now this one").await.expect("cancel");
+        assert_eq!(first.wait().await.expect("the end").state, RunState::Cancelled);
+        one.assert_clean(&[&id]).await;
+        other.assert_clean(&[&id]).await;
+    }
+}
+
+fn a_run_id() -> String {
+    use runner_core::clock::{IdGen as _, SystemIds};
+    SystemIds.run_id().to_string()
 }

@@ -1,8 +1,8 @@
 //! Run: accepting, idempotency, limits, bad fields.
 
+use std::{collections::BTreeSet, time::Duration};
+
 use runner_tests::service::{Service, watch, within};
-use std::collections::BTreeSet;
-use std::time::Duration;
 use worker_client::{
     Client, ClientError, ErrorKind, RunOptions, RunSpec, StreamOptions,
     proto::{self, RunState},
@@ -84,7 +84,8 @@ async fn the_same_key_with_another_spec_is_refused_and_changes_nothing() {
         let first = client.run_with(shell("exit 3"), options.clone()).await.expect("run");
         let error = client.run_with(shell("exit 4"), options).await.map(|_| ()).expect_err("another spec");
         assert_eq!((error.kind(), error.reason()), (ErrorKind::AlreadyExists, Some("ALREADY_EXISTS")));
-        assert_eq!(first.wait().await.expect("the end").exit_code(), Some(3));
+        let end = first.wait().await.expect("the end");
+        assert_eq!(end.exit_code(), Some(3), "{end:?}");
     }
     assert_eq!(run_count(&client).await, 2);
 }

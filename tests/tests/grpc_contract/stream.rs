@@ -1,12 +1,13 @@
 //! Stream: resuming, many watchers, logs beyond the limit, clients that go away.
 
+use std::time::Duration;
+
 use futures::StreamExt as _;
 use runner_core::fake::backend::Flood;
 use runner_tests::{
     proc,
     service::{Service, Watched, eventually, watch, watch_for, within},
 };
-use std::time::Duration;
 use worker_client::{
     Client, ErrorKind, ListFilter, StreamOptions,
     proto::{self, RunState},
