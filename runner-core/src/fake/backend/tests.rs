@@ -118,7 +118,7 @@ async fn list_remove_stop_and_health_fail_as_often_as_they_were_told_to() {
         faults.unhealthy = Some("away".to_owned());
     });
     backend.list().await.unwrap_err();
-    assert_eq!(backend.list().await.unwrap(), [reference.clone()]);
+    assert_eq!(backend.list().await.unwrap(), std::slice::from_ref(&reference));
     backend.stop(&reference, Duration::ZERO).await.unwrap_err();
     backend.stop(&reference, Duration::ZERO).await.unwrap();
     backend.remove(&reference).await.unwrap_err();
