@@ -38,7 +38,7 @@ async fn cancel_kills_the_whole_tree_and_keeps_log_and_outputs() {
     let service = Service::start().await;
     let client = service.client();
     let script = "(setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' &) >/dev/null 2>&1
-        echo half > /outputs/file; echo ready; trap '' TERM; while :; do sleep 1; done";
+        trap '' TERM; echo half > /outputs/file; echo ready; while :; do sleep 1; done";
     let spec = shell(script).output("/outputs/file").stop_grace(Duration::from_secs(1));
     let handle = client.run(spec).await.expect("run");
     watch_for(&client, handle.id(), "ready").await;
