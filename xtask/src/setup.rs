@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::process;
 
@@ -32,17 +32,29 @@ pub(crate) fn run() -> Result<()> {
         if venv || missing.iter().any(|need| need.program == "python3") {
             packages.push("python3-venv");
         }
-        process::say(&format!("setup: installing {}", packages.join(" ")));
-        process::run(Command::new("apt-get").args(["update", "-q"]))?;
-        let mut install = Command::new("apt-get");
-        install.env("DEBIAN_FRONTEND", "noninteractive");
-        process::run(install.args(["install", "-y", "-q", "--no-install-recommends"]).args(packages))?;
+        install(&packages)?;
         missing.retain(|need| !process::in_path(need.program));
     }
     for need in missing {
         process::say(&format!("setup: SKIPPED: no {} here; not tested: {}", need.program, need.without));
     }
     Ok(())
+}
+
+/// Installs Debian packages.
+///
+/// Fails where that is not possible: elsewhere than on Debian, or without the rights.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    ensure!(
+        is_root() && process::in_path("apt-get"),
+        "{} can be installed as root on Debian only",
+        packages.join(", ")
+    );
+    process::say(&format!("setup: installing {}", packages.join(" ")));
+    process::run(Command::new("apt-get").args(["update", "-q"]))?;
+    let mut install = Command::new("apt-get");
+    install.env("DEBIAN_FRONTEND", "noninteractive");
+    process::run(install.args(["install", "-y", "-q", "--no-install-recommends"]).args(packages))
 }
 
 fn is_root() -> bool {

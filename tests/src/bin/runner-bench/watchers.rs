@@ -56,7 +56,12 @@ async fn cost(
             proto::attach_request::Message::Stdin("go\n".into()),
         ];
         let messages = messages.map(|message| proto::AttachRequest { message: Some(message) });
-        client.attach(stream::iter(messages).chain(stream::pending())).await?.into_inner().message().await?;
+        let mut answers = client.attach(stream::iter(messages).chain(stream::pending())).await?.into_inner();
+        while let Some(answer) = answers.message().await? {
+            if answer.stdin_bytes_taken > 0 {
+                break;
+            }
+        }
         Ok::<_, Fault>(())
     };
     let (came, went) = tokio::join!(all, go);
