@@ -289,6 +289,7 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.kill();
         proc::kill_with_argument_below(self.dir.path());
+        self.remove_control_groups();
         if std::thread::panicking() {
             let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
@@ -296,6 +297,22 @@ impl Drop for Service {
             for line in tail.iter().rev() {
                 eprintln!("service: {line}");
             }
+        }
+    }
+}
+
+impl Service {
+    /// Who removes a control group is the shim, or the next start of the service; after the end of both it is the test.
+    fn remove_control_groups(&self) {
+        let instance = fs::read_to_string(self.data_dir().join("instance")).unwrap_or_default();
+        let instance = instance.trim();
+        // A group can be removed once its last process is gone, which a kill does not wait for.
+        for _ in 0..200 {
+            if instance.is_empty() || proc::control_groups_named(instance).is_empty() {
+                return;
+            }
+            proc::remove_control_groups_named(instance);
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 }

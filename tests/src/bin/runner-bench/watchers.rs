@@ -161,6 +161,12 @@ async fn open(
     stream::iter(opening).buffer_unordered(64).try_collect().await
 }
 
+/// Cancels a run and waits until it is dead.
+async fn end(client: &mut RunnerClient<Channel>, run_id: String) -> Result<(), Fault> {
+    client.cancel(proto::CancelRequest { run_id: run_id.clone(), reason: String::new() }).await?;
+    until(client, &run_id, proto::RunState::Cancelled).await
+}
+
 /// Row 7.
 pub(crate) async fn memory() -> Outcome {
     const IDLE: usize = 10_000;
@@ -188,7 +194,7 @@ pub(crate) async fn memory() -> Outcome {
     let streams = open(&clients, &request, IDLE).await?;
     let our_bytes = (service.usage()?.1 - begin) / IDLE as f64;
     drop((first, streams));
-    client.cancel(proto::CancelRequest { run_id: id, reason: String::new() }).await?;
+    end(&mut client, id).await?;
 
     let loud = accept(&mut client, spec(&["sh", "-c", "head -c 64000000 /dev/zero; sleep 3600"])).await?;
     until(&mut client, &loud, proto::RunState::Running).await?;
@@ -205,7 +211,7 @@ pub(crate) async fn memory() -> Outcome {
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     let stalled_bytes = (service.usage()?.1 - begin) / STALLED as f64;
     drop(asleep);
-    client.cancel(proto::CancelRequest { run_id: loud, reason: String::new() }).await?;
+    end(&mut client, loud).await?;
 
     let kib = |bytes: f64| format!("{:.1} KiB", bytes / 1024.0);
     Ok(vec![
