@@ -142,6 +142,8 @@ async fn latency(service: &Service, clients: &[RunnerClient<Channel>], stalled: 
     }
     futures::SinkExt::send(&mut sender, send(proto::attach_request::Message::Eof(proto::AttachEof {})))
         .await?;
+    // The call ends when the caller has nothing more to send.
+    drop(sender);
     while attached.message().await.is_ok_and(|message| message.is_some()) {}
     drop(asleep);
     until(&mut client, &id, proto::RunState::Succeeded).await?;
