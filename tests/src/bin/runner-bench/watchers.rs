@@ -15,7 +15,8 @@ use super::{
 };
 
 const MANY: usize = 1000;
-const CONNECTIONS: usize = 8;
+// The service allows 1,024 streams on a connection; 10,000 watchers and some must fit.
+const CONNECTIONS: usize = 16;
 const PAIRS: usize = 5;
 
 async fn connections(
