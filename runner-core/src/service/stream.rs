@@ -231,8 +231,16 @@ impl Watcher {
                     }
                 }
                 Wake::Silence => {
-                    let now = self.core.parts.clock.now();
-                    return Some(Ok(self.item(StreamBody::KeepAlive, now)));
+                    // The run may have got a driver here since, or another one.
+                    let live = self.core.live.get(self.run);
+                    if live.as_ref().map(Arc::as_ptr) != self.live.as_ref().map(Arc::as_ptr) {
+                        self.join(live);
+                    }
+                    let silence = self.core.parts.clock.monotonic().saturating_sub(self.heard);
+                    if silence >= self.core.parts.options.keep_alive {
+                        let now = self.core.parts.clock.now();
+                        return Some(Ok(self.item(StreamBody::KeepAlive, now)));
+                    }
                 }
                 Wake::Stopping => {
                     return Some(Err(ServiceError::Unavailable(

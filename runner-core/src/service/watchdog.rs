@@ -57,6 +57,9 @@ pub(super) struct Watchdog {
     timers: Vec<Armed>,
     /// A cancel intent is known to be stored.
     cancelled: bool,
+    /// An intent was signalled and not looked at yet. Kept here, since whoever waits for a reason may be dropped between the
+    /// signal and the look.
+    signalled: bool,
     /// Whether an intent still matters: a program that has ended keeps its outcome.
     watching: bool,
     reason: Option<StopReason>,
@@ -81,6 +84,7 @@ impl Watchdog {
             intents,
             timers,
             cancelled: record.cancel.is_some(),
+            signalled: false,
             watching: record.position.state < RunState::Publishing,
             reason: None,
             stopper: None,
@@ -142,6 +146,13 @@ impl Watchdog {
             return StopReason::Cancel;
         }
         loop {
+            if self.signalled {
+                if self.is_cancelled().await {
+                    self.cancelled = true;
+                    return StopReason::Cancel;
+                }
+                self.signalled = false;
+            }
             let next = self
                 .timers
                 .iter()
@@ -156,9 +167,7 @@ impl Watchdog {
                     if changed.is_err() {
                         return std::future::pending().await;
                     }
-                    if self.is_cancelled().await {
-                        return StopReason::Cancel;
-                    }
+                    self.signalled = true;
                 }
                 () = tokio::time::sleep(left) => match kind {
                     TimerKind::Pending => return StopReason::Pending,
