@@ -1,0 +1,1 @@
+//! The Docker backend: attempts as containers of a Docker Engine.
