@@ -44,6 +44,13 @@ pub(crate) enum Ending {
         /// Whether the program was started.
         started: bool,
     },
+    /// The shim died before it began, so that the program was certainly not started.
+    NeverBegan {
+        /// What was seen: (source, detail).
+        seen: Vec<(&'static str, String)>,
+        /// When.
+        time: Timestamp,
+    },
     /// Nobody knows.
     Lost {
         /// What was seen instead: (source, detail).
@@ -59,6 +66,7 @@ impl Ending {
         match self {
             Self::Recorded(record) => record.reason != ExitReason::SetupFailed,
             Self::Stopped { started, .. } => *started,
+            Self::NeverBegan { .. } => false,
             Self::Lost { .. } => true,
         }
     }
@@ -92,9 +100,14 @@ pub(crate) fn judge(ending: Ending, input_bytes: u64, published: Option<PublishR
                 ..ended(Cause::Cancelled, None)
             }
         }
+        Ending::NeverBegan { seen, time } => EndedAttempt {
+            message: "the program was never started: its shim died first".to_owned(),
+            evidence: all(seen, time),
+            ..ended(Cause::Backend, None)
+        },
         Ending::Lost { seen, time } => EndedAttempt {
             message: "nothing tells how the program ended".to_owned(),
-            evidence: seen.into_iter().map(|(source, detail)| evidence(source, &detail, time)).collect(),
+            evidence: all(seen, time),
             ..ended(Cause::Lost, None)
         },
     };
@@ -118,6 +131,10 @@ pub(crate) fn judge(ending: Ending, input_bytes: u64, published: Option<PublishR
         }
     }
     ended
+}
+
+fn all(seen: Vec<(&'static str, String)>, time: Timestamp) -> Vec<Evidence> {
+    seen.into_iter().map(|(source, detail)| evidence(source, &detail, time)).collect()
 }
 
 fn recorded(record: ExitRecord) -> EndedAttempt {

@@ -20,7 +20,7 @@ use crate::{
     convert, error,
     judge::{Ending, PublishFailure, PublishRecord, judge},
     logs::spool_failed,
-    stop::{claim, prove_dead},
+    stop::{claim, is_nobody, prove_dead},
     watch::Watched,
     workload::{ShimState, Workload},
 };
@@ -233,23 +233,34 @@ impl Observer {
         if let Some(ending) = self.recorded_end() {
             return Ok(ending);
         }
-        if !dir.shim().exists() && !claim(&self.workload)? {
+        let began = match self.workload.recorded_shim()? {
+            Some(record) => !is_nobody(&record),
+            // It touched nothing, and with our claim no other will.
+            None if claim(&self.workload)? => false,
             // Ours died without a claim, and another one has it: one that was started before a restart.
-            return Ok(self.lost("shim", "two shims were started"));
-        }
+            None => return Ok(self.lost("shim", "two shims were started")),
+        };
         prove_dead(&self.workload).await?;
         if let Some(time) = self.stopped()? {
             return Ok(Ending::Stopped { time, started: dir.started().exists() });
         }
-        let mut seen =
-            vec![("shim", "it died without an exit record; nothing of its tree is alive".to_owned())];
+        let mut seen = vec![(
+            "shim",
+            if began {
+                "it died without an exit record; nothing of its tree is alive".to_owned()
+            } else {
+                "it died before it began".to_owned()
+            },
+        )];
+        seen.extend(self.workload.how_it_died().map(|how| ("shim", how)));
         let workload = Arc::clone(&self.workload);
         let said =
             blocking("read the shim's errors", move || client::shim_errors(workload.dir.path())).await?;
         if !said.is_empty() {
             seen.push(("shim errors", said));
         }
-        Ok(Ending::Lost { seen, time: self.shared.clock.now() })
+        let time = self.shared.clock.now();
+        Ok(if began { Ending::Lost { seen, time } } else { Ending::NeverBegan { seen, time } })
     }
 
     /// There never was a shim: an attempt in the making, a stopped one, or one that nobody makes any more.

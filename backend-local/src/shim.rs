@@ -1,6 +1,12 @@
 //! The shim of an attempt, as a process: its death is noticed, and it never stays a zombie.
 
-use std::{io, os::fd::OwnedFd, process::Child, sync::Arc, time::Duration};
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::process::ExitStatusExt as _},
+    process::{Child, ExitStatus},
+    sync::Arc,
+    time::Duration,
+};
 
 use runner_agent::exec::{client, protocol::ShimRecord};
 use runner_core::task::{TaskKind, spawn};
@@ -17,7 +23,26 @@ use crate::watch::Signal as Wake;
 pub(crate) struct Shim {
     /// Names the process for ever, unlike its pid.
     process: Arc<AsyncFd<OwnedFd>>,
-    dead: watch::Receiver<bool>,
+    death: watch::Receiver<Option<Death>>,
+}
+
+/// What is known of a shim's death.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Death {
+    /// How it ended. Only the parent is told, so that of an adopted one it is not known.
+    status: Option<ExitStatus>,
+}
+
+impl Death {
+    /// How it ended, for people. `None`: not known.
+    pub(crate) fn describe(&self) -> Option<String> {
+        let status = self.status?;
+        Some(match (status.code(), status.signal()) {
+            (Some(code), _) => format!("the shim exited with {code}"),
+            (None, Some(signal)) => format!("the shim was killed by signal {signal}"),
+            (None, None) => format!("the shim ended: {status}"),
+        })
+    }
 }
 
 impl Shim {
@@ -55,30 +80,28 @@ impl Shim {
 
     fn follow(process: AsyncFd<OwnedFd>, child: Option<Child>, wake: Wake) -> Self {
         let process = Arc::new(process);
-        let (tell, dead) = watch::channel(false);
+        let (tell, death) = watch::channel(None);
         let watched = Arc::clone(&process);
         drop(spawn(TaskKind::Helper, "local-shim", async move {
             // An error means that the runtime goes down, and this task with it.
             let _ = watched.readable().await;
-            if let Some(mut child) = child {
-                // It is dead, so this returns at once.
-                let _ = child.wait();
-            }
-            tell.send_replace(true);
+            // It is dead, so this returns at once.
+            let status = child.and_then(|mut child| child.wait().ok());
+            tell.send_replace(Some(Death { status }));
             wake.send_replace(());
         }));
-        Self { process, dead }
+        Self { process, death }
     }
 
-    /// Whether it has ended.
-    pub(crate) fn is_dead(&self) -> bool {
-        *self.dead.borrow()
+    /// Its death, where it has ended.
+    pub(crate) fn death(&self) -> Option<Death> {
+        self.death.borrow().clone()
     }
 
     /// Waits for its death. `false`: it was still alive at the deadline.
     pub(crate) async fn wait(&self, deadline: Duration) -> bool {
-        let mut dead = self.dead.clone();
-        let waited = tokio::time::timeout(deadline, dead.wait_for(|dead| *dead)).await;
+        let mut death = self.death.clone();
+        let waited = tokio::time::timeout(deadline, death.wait_for(Option::is_some)).await;
         // A lost sender means that the task was ended with its runtime, not that the shim is dead.
         matches!(waited, Ok(Ok(_)))
     }
@@ -119,7 +142,8 @@ mod tests {
         let wake = Wake::default();
         let shim = Shim::of_child(child, Arc::clone(&wake)).unwrap();
         assert!(shim.wait(DEADLINE).await);
-        assert!(shim.is_dead());
+        let death = shim.death().unwrap();
+        assert_eq!(death.describe().as_deref(), Some("the shim exited with 0"));
         assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "no zombie stays");
     }
 
@@ -138,9 +162,11 @@ mod tests {
         let earlier = ShimRecord { boot_id: "another".to_owned(), ..record.clone() };
         assert!(Shim::adopt(&earlier, Wake::default()).unwrap().is_none());
         let adopted = Shim::adopt(&record, Wake::default()).unwrap().unwrap();
-        assert!(!adopted.is_dead());
+        assert_eq!(adopted.death(), None);
         adopted.kill().unwrap();
         assert!(adopted.wait(DEADLINE).await && owner.wait(DEADLINE).await);
+        assert_eq!(owner.death().unwrap().describe().as_deref(), Some("the shim was killed by signal 9"));
+        assert_eq!(adopted.death().unwrap().describe(), None);
         adopted.kill().unwrap();
         assert!(Shim::adopt(&record, Wake::default()).unwrap().is_none());
     }

@@ -23,6 +23,8 @@ pub(crate) const BOUND: Duration = Duration::from_secs(5);
 /// How long a shim that was just started may take to serve its control socket.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(5);
 const CONTROL_RETRY: Duration = Duration::from_millis(10);
+/// The pid of a claim that is no process.
+const NOBODY: i32 = 0;
 
 /// What there is to stop.
 enum Found {
@@ -147,7 +149,7 @@ impl Shared {
                     }
                 }
                 Err(error @ (ControlError::Deadline(_) | ControlError::TooLong(_) | ControlError::Io(_))) => {
-                    if shim.is_dead() {
+                    if shim.death().is_some() {
                         return Ok(true);
                     }
                     tracing::warn!(attempt = %workload.attempt, %error, "ask a shim to stop its program");
@@ -187,7 +189,7 @@ fn find(workload: &Workload, mark: Option<Timestamp>) -> Result<Found, BackendEr
 /// `false`: a shim has it. Blocking.
 pub(crate) fn claim(workload: &Workload) -> Result<bool, BackendError> {
     let dir = &workload.dir;
-    let nobody = ShimRecord { pid: 0, start_ticks: 0, boot_id: String::new() };
+    let nobody = ShimRecord { pid: NOBODY, start_ticks: 0, boot_id: String::new() };
     let claimed = || -> io::Result<bool> {
         let aside = dir.path().join("shim.json.nobody");
         fs::write(&aside, serde_json::to_vec(&nobody)?)?;
@@ -198,6 +200,11 @@ pub(crate) fn claim(workload: &Workload) -> Result<bool, BackendError> {
         }
     };
     claimed().map_err(|source| error::file("keep a shim from starting in", dir.path(), source))
+}
+
+/// Whether the record is a [`claim`], which keeps every shim away.
+pub(crate) fn is_nobody(record: &ShimRecord) -> bool {
+    record.pid == NOBODY
 }
 
 /// Proves that nothing of the attempt is alive. Its shim has ended.

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use runner_agent::exec::client;
+use runner_agent::exec::{client, protocol::ShimRecord};
 use runner_core::{backend::BackendError, id::AttemptId};
 use tokio_util::sync::CancellationToken;
 
@@ -72,12 +72,9 @@ impl Workload {
     pub(crate) fn shim(&self) -> Result<ShimState, BackendError> {
         let mut known = lock(&self.shim);
         if let Some(shim) = known.as_ref() {
-            return Ok(if shim.is_dead() { ShimState::Dead } else { ShimState::Alive(shim.clone()) });
+            return Ok(if shim.death().is_some() { ShimState::Dead } else { ShimState::Alive(shim.clone()) });
         }
-        let record = client::shim(self.dir.path()).map_err(|source| {
-            error::substrate(format!("read who the shim of {} is", self.attempt), source)
-        })?;
-        let Some(record) = record else { return Ok(ShimState::None) };
+        let Some(record) = self.recorded_shim()? else { return Ok(ShimState::None) };
         let adopted = Shim::adopt(&record, Arc::clone(&self.signal))
             .map_err(|source| error::substrate(format!("look for the shim of {}", self.attempt), source))?;
         Ok(match adopted {
@@ -88,6 +85,17 @@ impl Workload {
             }
             None => ShimState::Dead,
         })
+    }
+
+    /// Who claimed to be the shim. `None`: nobody did. Reads a file.
+    pub(crate) fn recorded_shim(&self) -> Result<Option<ShimRecord>, BackendError> {
+        client::shim(self.dir.path())
+            .map_err(|source| error::substrate(format!("read who the shim of {} is", self.attempt), source))
+    }
+
+    /// How the known shim died, for people. `None`: it lives, or nobody of this process was told.
+    pub(crate) fn how_it_died(&self) -> Option<String> {
+        lock(&self.shim).as_ref()?.death()?.describe()
     }
 
     /// Begins a staging that [`Self::abort_staging`] can end.

@@ -79,13 +79,20 @@ async fn a_specification_whose_shim_never_began_is_started_after_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shim_that_never_begins_is_lost_and_nothing_starts_later() {
-    let world = World::with_agent("exit 1").await;
+async fn a_shim_that_never_begins_is_the_backends_failure_with_its_last_words_and_nothing_starts_later() {
+    let mut world = World::with_agent("echo no such library >&2; exit 9").await;
     let attempt = world.attempt(shell("echo never"), |_| {});
     world.backend().ensure(&attempt).await.unwrap();
     let seen = world.observe(&attempt).await;
-    assert_eq!((seen.ended.cause, seen.started), (Cause::Lost, false));
-    assert!(!seen.ended.evidence.is_empty());
+    assert_eq!((seen.ended.cause, seen.ended.status, seen.started), (Cause::Backend, None, false));
+    let said: Vec<_> = seen.ended.evidence.iter().map(|seen| seen.detail.trim()).collect();
+    assert_eq!(said, ["it died before it began", "the shim exited with 9", "no such library"]);
+    // Somebody else, who was not its parent, sees the same end.
+    world.use_real_agent();
+    world.reopen().await;
+    world.backend().ensure(&attempt).await.unwrap();
+    let seen = world.observe(&attempt).await;
+    assert_eq!((seen.ended.cause, seen.log.as_str(), seen.started), (Cause::Backend, "", false));
     world.assert_removed(&attempt).await;
 }
 
@@ -174,7 +181,8 @@ async fn a_killed_shim_is_lost_with_evidence_and_takes_its_whole_tree_with_it() 
     drop(observed);
     let seen = world.observe(&attempt).await;
     assert_eq!((seen.ended.cause, seen.ended.status), (Cause::Lost, None));
-    assert!(seen.ended.evidence.iter().any(|seen| seen.source == "shim"));
+    let said = |what: &str| seen.ended.evidence.iter().any(|e| e.source == "shim" && e.detail.contains(what));
+    assert!(said("without an exit record") && said("killed by signal 9"), "{:?}", seen.ended.evidence);
     assert_eq!(world.processes(&attempt), 0, "death was proven before it was told");
     assert_eq!(seen.log, "ready\n");
     let manifest = seen.ended.outputs.expect("what it wrote is kept");

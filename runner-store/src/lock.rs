@@ -17,8 +17,17 @@ const FILE: &str = "lock";
 #[derive(Debug)]
 pub struct DataDirLock {
     dir: PathBuf,
-    // Closing it is what releases the lock.
-    _file: File,
+    file: File,
+}
+
+impl Drop for DataDirLock {
+    fn drop(&mut self) {
+        // Closing it would not do at once: a child process that is just being started has the file open too, until it
+        // executes its program.
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(dir = %self.dir.display(), %error, "give back the data directory");
+        }
+    }
 }
 
 /// Why a data directory cannot be had.
@@ -74,7 +83,7 @@ impl DataDirLock {
         if let Err(error) = noted {
             tracing::warn!(dir = %dir.display(), %error, "could not note the process id in the lock file");
         }
-        Ok(Self { dir: dir.to_owned(), _file: file })
+        Ok(Self { dir: dir.to_owned(), file })
     }
 
     /// The directory.

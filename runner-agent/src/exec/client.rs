@@ -8,7 +8,7 @@
 use std::{
     fs,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    os::unix::net::UnixStream,
+    os::unix::{fs::OpenOptionsExt as _, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -80,13 +80,14 @@ pub fn exit(dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
 }
 
 /// Starts the shim: `AGENT exec DIR`, with nothing of this process's environment, files and directory. It makes itself
-/// independent of its parent. The caller waits for the child when it ends ([`Child::wait`]), or lets it become a zombie,
+/// independent of its parent. What it says before that (the dynamic linker's words, too) goes where its errors go. The caller waits for the child when it ends ([`Child::wait`]), or lets it become a zombie,
 /// which counts as dead. A second shim for one directory ends at once and changes nothing.
 ///
 /// # Errors
 /// Where the agent cannot be executed.
 pub fn spawn(agent: &Path, dir: &Path) -> io::Result<Child> {
     let dir = std::path::absolute(dir)?;
+    let errors = fs::File::options().create(true).append(true).mode(0o600).open(dir.join(name::ERRORS));
     Command::new(agent)
         .arg("exec")
         .arg(dir)
@@ -94,7 +95,8 @@ pub fn spawn(agent: &Path, dir: &Path) -> io::Result<Child> {
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        // A disk that is full must not keep it from saying so in its exit record.
+        .stderr(errors.map_or_else(|_| Stdio::null(), Stdio::from))
         .spawn()
 }
 
