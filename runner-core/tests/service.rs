@@ -370,6 +370,19 @@ async fn cancel_while_running_kills_and_keeps_the_log() {
 }
 
 #[tokio::test]
+async fn a_cancel_reaches_a_program_that_prints_without_a_pause() {
+    let mut world = World::new();
+    world.limits.log_bytes = 1024 * 1024;
+    let service = world.start().await;
+    let id = accept(&service, spec(&["flood", "out", "1000000000000", "text"])).await;
+    until("the log is there", async || (!world.logs.contents(attempt(id, 1)).is_empty()).then_some(())).await;
+    service.cancel(&caller(), id, "enough".to_owned()).await.unwrap();
+    let record = until_state(&service, id, RunState::Cancelled).await;
+    assert_eq!(record.outcome.unwrap().cause, Cause::Cancelled);
+    assert_eq!(world.substrate.processes(attempt(id, 1)), 0);
+}
+
+#[tokio::test]
 async fn cancel_during_staging_proves_that_nothing_starts() {
     let world = World::new();
     world.substrate.with_faults(|faults| faults.ensure_delay = Some(Duration::from_secs(3600)));

@@ -62,6 +62,12 @@ struct Change {
     timers: Vec<(TimerKind, Duration)>,
 }
 
+/// Waits until an intent to cancel is stored.
+async fn told(cancelled: &mut watch::Receiver<bool>) {
+    // The driver holds the sender, so it cannot fail. The answer holds a lock, which no wait may.
+    drop(cancelled.wait_for(|cancelled| *cancelled).await);
+}
+
 /// Drives one run.
 pub(super) struct Driver {
     core: Arc<Core>,
@@ -72,7 +78,7 @@ pub(super) struct Driver {
     timers: Vec<Armed>,
     /// Monotonic time of the last change of position, for the phase metric.
     since: Duration,
-    intents: watch::Receiver<u64>,
+    cancelled: watch::Receiver<bool>,
     /// No process has driven the current attempt before.
     fresh: bool,
 }
@@ -89,8 +95,8 @@ impl Driver {
     ) -> Self {
         let timers = timers.iter().map(|timer| arm(core, timer)).collect();
         let since = core.parts.clock.monotonic();
-        let intents = live.watch_intents();
-        Self { core: Arc::clone(core), live, record, backend, slots, timers, since, intents, fresh }
+        let cancelled = live.watch_cancel();
+        Self { core: Arc::clone(core), live, record, backend, slots, timers, since, cancelled, fresh }
     }
 
     /// Drives the run to its end, or until the service stops.
@@ -154,12 +160,12 @@ impl Driver {
             let change = Change { outcome: Some(outcome), ..Change::default() };
             return self.advance(&[Event::FinishedInQueue { end: End::Cancelled }], change).await;
         }
-        let mut intents = self.intents.clone();
+        let mut cancelled = self.cancelled.clone();
         if let Some(retry) = self.timers.iter().find(|timer| timer.kind == TimerKind::Retry) {
             let left = retry.at.saturating_sub(core.parts.clock.monotonic());
             tokio::select! {
                 () = tokio::time::sleep(left) => {}
-                _ = intents.changed() => return self.reload().await,
+                () = told(&mut cancelled) => return self.reload().await,
                 () = core.stopping.cancelled() => return Err(LetGo::Shutdown),
             }
         }
@@ -171,9 +177,9 @@ impl Driver {
                 return Ok(());
             }
             *slot = tokio::select! {
-            permit = Arc::clone(&self.slots).acquire_owned() => permit.ok(),
-            _ = intents.changed() => return self.reload().await,
-            () = core.stopping.cancelled() => return Err(LetGo::Shutdown),
+                permit = Arc::clone(&self.slots).acquire_owned() => permit.ok(),
+                () = told(&mut cancelled) => return self.reload().await,
+                () = core.stopping.cancelled() => return Err(LetGo::Shutdown),
             };
         }
         let attempt = self.record.position.attempt.saturating_add(1);
@@ -202,9 +208,9 @@ impl Driver {
             artifacts: Arc::clone(&parts.artifacts),
             progress: Arc::clone(&self.live) as Arc<dyn ProgressSink>,
         };
-        let (intents, timers) = (self.intents.clone(), self.timers.clone());
+        let (cancelled, timers) = (self.cancelled.clone(), self.timers.clone());
         let mut dog =
-            Watchdog::new(&self.core, &self.backend, workload.clone(), &self.record, intents, timers);
+            Watchdog::new(&self.core, &self.backend, workload.clone(), &self.record, cancelled, timers);
         let ended = match self.execute(&context, &workload, &mut dog).await? {
             Ok(ended) => ended,
             Err(error) => self.failed_to_start(&workload, &mut dog, &error).await?,

@@ -25,8 +25,8 @@ pub(super) struct LiveRun {
     last_event: watch::Sender<u64>,
     /// The newest progress. Not durable, so it is no event.
     progress: watch::Sender<Option<Progress>>,
-    /// Rises when a caller has stored an intent; the driver looks.
-    intents: watch::Sender<u64>,
+    /// Whether an intent to cancel is stored. It never becomes false again.
+    cancelled: watch::Sender<bool>,
 }
 
 /// A poisoned lock here guards data that every writer leaves consistent between statements.
@@ -40,7 +40,7 @@ impl LiveRun {
             cache: Mutex::default(),
             last_event: watch::Sender::new(last_event),
             progress: watch::Sender::new(None),
-            intents: watch::Sender::new(0),
+            cancelled: watch::Sender::new(false),
         }
     }
 
@@ -92,13 +92,13 @@ impl LiveRun {
         self.progress.subscribe()
     }
 
-    pub(super) fn watch_intents(&self) -> watch::Receiver<u64> {
-        self.intents.subscribe()
+    pub(super) fn watch_cancel(&self) -> watch::Receiver<bool> {
+        self.cancelled.subscribe()
     }
 
-    /// Wakes the driver: an intent was stored.
-    pub(super) fn intent_stored(&self) {
-        self.intents.send_modify(|count| *count += 1);
+    /// Tells the driver that an intent to cancel is stored.
+    pub(super) fn cancel_stored(&self) {
+        self.cancelled.send_replace(true);
     }
 }
 

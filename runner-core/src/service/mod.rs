@@ -369,17 +369,19 @@ impl RunService {
             let answer = core.parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
             crash::point("cancel.intent");
             let run = answer.run;
-            if answer.newly
+            if run.cancel.is_some()
                 && let Some(live) = core.live.get(id)
             {
-                if let (true, Some(outcome)) = (run.position.state.is_terminal(), &run.outcome) {
+                if answer.newly
+                    && let (true, Some(outcome)) = (run.position.state.is_terminal(), &run.outcome)
+                {
                     live.publish([StoredEvent {
                         seq: run.last_event,
                         time,
                         event: RunEvent::Terminated { position: run.position, outcome: outcome.clone() },
                     }]);
                 }
-                live.intent_stored();
+                live.cancel_stored();
             }
             Ok(run)
         };

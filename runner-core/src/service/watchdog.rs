@@ -5,7 +5,7 @@ use std::{future::Future, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinHandle};
 
-use super::{Core, store_may_recover};
+use super::Core;
 use crate::{
     backend::{Backend, WorkloadRef},
     crash,
@@ -53,13 +53,11 @@ pub(super) struct Watchdog {
     backend: Arc<dyn Backend>,
     workload: WorkloadRef,
     grace: Duration,
-    intents: watch::Receiver<u64>,
+    /// Whether an intent to cancel is stored, as far as a caller of this process asked.
+    cancelled: watch::Receiver<bool>,
+    /// The record showed one already.
+    asked: bool,
     timers: Vec<Armed>,
-    /// A cancel intent is known to be stored.
-    cancelled: bool,
-    /// An intent was signalled and not looked at yet. Kept here, since whoever waits for a reason may be dropped between the
-    /// signal and the look.
-    signalled: bool,
     /// Whether an intent still matters: a program that has ended keeps its outcome.
     watching: bool,
     reason: Option<StopReason>,
@@ -67,13 +65,13 @@ pub(super) struct Watchdog {
 }
 
 impl Watchdog {
-    /// `intents` has seen what the record shows; `record` says whether a cancel intent is among it.
+    /// `cancelled` tells of every intent to cancel that is stored after `record` was read.
     pub(super) fn new(
         core: &Arc<Core>,
         backend: &Arc<dyn Backend>,
         workload: WorkloadRef,
         record: &RunRecord,
-        intents: watch::Receiver<u64>,
+        cancelled: watch::Receiver<bool>,
         timers: Vec<Armed>,
     ) -> Self {
         Self {
@@ -81,10 +79,9 @@ impl Watchdog {
             backend: Arc::clone(backend),
             workload,
             grace: record.spec.stop_grace.unwrap_or_default(),
-            intents,
+            cancelled,
+            asked: record.cancel.is_some(),
             timers,
-            cancelled: record.cancel.is_some(),
-            signalled: false,
             watching: record.position.state < RunState::Publishing,
             reason: None,
             stopper: None,
@@ -109,6 +106,10 @@ impl Watchdog {
         let mut future = pin!(future);
         let core = Arc::clone(&self.core);
         loop {
+            // Looked at even if the future never has to be waited for, as with a program that prints without a pause.
+            if let Some(reason) = self.due() {
+                self.stop(reason);
+            }
             tokio::select! {
                 biased;
                 () = core.stopping.cancelled() => return Err(Shutdown),
@@ -137,59 +138,46 @@ impl Watchdog {
         }
     }
 
-    /// Waits for a reason to stop. Never returns once there is one, or once the program has ended.
-    async fn triggered(&mut self) -> StopReason {
+    /// The reason to stop that there is now, if it is the first.
+    fn due(&self) -> Option<StopReason> {
         if self.reason.is_some() || !self.watching {
-            return std::future::pending().await;
+            return None;
         }
-        if self.cancelled {
-            return StopReason::Cancel;
+        if self.asked || *self.cancelled.borrow() {
+            return Some(StopReason::Cancel);
         }
-        loop {
-            if self.signalled {
-                if self.is_cancelled().await {
-                    self.cancelled = true;
-                    return StopReason::Cancel;
-                }
-                self.signalled = false;
-            }
-            let next = self
-                .timers
-                .iter()
-                .filter(|timer| timer.kind != TimerKind::Retry)
-                .min_by_key(|timer| timer.at);
-            let (kind, left) = match next {
-                Some(timer) => (timer.kind, timer.at.saturating_sub(self.core.parts.clock.monotonic())),
-                None => (TimerKind::Retry, Duration::MAX),
-            };
-            tokio::select! {
-                changed = self.intents.changed() => {
-                    if changed.is_err() {
-                        return std::future::pending().await;
-                    }
-                    self.signalled = true;
-                }
-                () = tokio::time::sleep(left) => match kind {
-                    TimerKind::Pending => return StopReason::Pending,
-                    TimerKind::Deadline => return StopReason::Deadline,
-                    TimerKind::Retry => {}
-                },
-            }
-        }
+        let timer = self.next_timer()?;
+        (timer.at <= self.core.parts.clock.monotonic()).then_some(match timer.kind {
+            TimerKind::Deadline => StopReason::Deadline,
+            TimerKind::Pending | TimerKind::Retry => StopReason::Pending,
+        })
     }
 
-    async fn is_cancelled(&self) -> bool {
-        let mut failures = 0;
+    /// The timer that is due first, of those that end an attempt.
+    fn next_timer(&self) -> Option<Armed> {
+        let ends = |timer: &&Armed| timer.kind != TimerKind::Retry;
+        self.timers.iter().filter(ends).min_by_key(|timer| timer.at).copied()
+    }
+
+    /// Waits for a reason to stop. Never returns once there is one, or once the program has ended.
+    async fn triggered(&mut self) -> StopReason {
         loop {
-            match self.core.parts.store.get(self.workload.run()).await {
-                Ok(record) => return record.is_some_and(|record| record.cancel.is_some()),
-                Err(error) if store_may_recover(&error) => {}
-                // The driver meets the same error at its next transition, and reports it.
-                Err(_) => return false,
+            if let Some(reason) = self.due() {
+                return reason;
             }
-            failures += 1;
-            if !self.core.pause(self.core.backoff(failures)).await {
-                return false;
+            if self.reason.is_some() || !self.watching {
+                return std::future::pending().await;
+            }
+            let next = self.next_timer().map_or(Duration::MAX, |timer| timer.at);
+            let left = next.saturating_sub(self.core.parts.clock.monotonic());
+            tokio::select! {
+                changed = self.cancelled.changed() => {
+                    if changed.is_err() {
+                        // The run's live part is gone: nobody of this process can ask any more.
+                        tokio::time::sleep(left).await;
+                    }
+                }
+                () = tokio::time::sleep(left) => {}
             }
         }
     }
