@@ -540,6 +540,25 @@ async fn a_store_that_fails_for_a_while_loses_nothing() {
 }
 
 #[tokio::test]
+async fn a_watcher_finds_the_driver_that_took_over_from_one_that_gave_up() {
+    let world = World::new();
+    let service = world.start().await;
+    let id = accept(&service, spec(&["print", "out", "x", ";", "sleep", "100", ";", "exit", "4"])).await;
+    until_state(&service, id, RunState::Running).await;
+    // A driver that meets this gives up; a watcher that follows it hears no more of it.
+    let giving_up = async {
+        world.store.set_fault(Some(StoreError::NotFound(id)));
+        until("the driver gave up", async || (service.live_runs() == 0).then_some(())).await;
+        world.store.set_fault(None);
+    };
+    let (items, ()) = tokio::join!(watch(&service, id, StreamCursor::default()), giving_up);
+    assert_eq!(log(&items), b"x");
+    let record = service.get(&caller(), id).await.unwrap().0;
+    assert_eq!(record.outcome.unwrap().status, Some(ExitStatus::Code(4)));
+    assert_eq!(world.substrate.starts(attempt(id, 1)), 1);
+}
+
+#[tokio::test]
 async fn a_restart_at_any_moment_loses_nothing_and_runs_nothing_twice() {
     for pause in [0, 1, 3, 7, 15, 40] {
         let world = World::new();
