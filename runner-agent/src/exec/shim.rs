@@ -104,7 +104,7 @@ fn become_independent(dir: &Path) -> Result<(), String> {
     sys::reset_signals();
     sys::close_all_but([0, 1, 2]).map_err(|error| format!("closing descriptors: {error}"))?;
     let step = |what: &'static str| move |error: Errno| format!("{what}: {error}");
-    if rustix::process::getsid(None) != Ok(rustix::process::getpid()) {
+    if !sys::leads_session() {
         rustix::process::setsid().map_err(step("setsid (the shim must not lead a process group)"))?;
     }
     rustix::process::umask(Mode::from_raw_mode(0o077));

@@ -97,6 +97,17 @@ fn last_errno() -> Errno {
     Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
+/// Whether this process leads its session.
+///
+/// Not rustix's `getsid`: in a container that was entered from outside, the session's leader has no pid, which the kernel
+/// reports as 0 and rustix's type cannot hold.
+#[allow(unsafe_code, reason = "rustix's type cannot hold what the kernel may answer")]
+pub(crate) fn leads_session() -> bool {
+    // SAFETY: it takes no pointer and changes nothing.
+    let session = unsafe { libc::getsid(0) };
+    session == rustix::process::getpid().as_raw_pid()
+}
+
 /// Gives every signal its default action and an empty mask, as a program may expect.
 #[allow(unsafe_code, reason = "no safe library resets them all")]
 pub(crate) fn reset_signals() {

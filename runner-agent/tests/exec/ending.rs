@@ -1,15 +1,15 @@
 //! How it ended: exactly, once, and with nothing left alive.
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use runner_agent::exec::{
     client,
     protocol::{ControlReply, ControlRequest, ExitReason},
 };
-use runner_core::outcome::ExitStatus;
+use runner_core::{log::Frame, outcome::ExitStatus};
 
 use crate::harness::{
-    AGENT, DEADLINE, Running, cgroup, is_root, probed, run, shell, skip, spec, survivors, wait_for,
+    AGENT, DEADLINE, Running, cgroup, frames, is_root, probed, run, shell, skip, spec, survivors, wait_for,
 };
 
 #[test]
@@ -171,6 +171,25 @@ fn many_shims_at_once_for_one_directory_make_one_workload() {
     assert_eq!(codes.iter().filter(|&&code| code == 0).count(), 1, "{codes:?}");
     assert_eq!(codes.iter().filter(|&&code| code == 3).count(), 5, "{codes:?}");
     assert_eq!(crate::harness::frames(dir.path()).len(), 1);
+}
+
+/// As in a container that somebody entered, or under an init that made no session.
+#[test]
+fn a_shim_whose_session_lies_outside_of_its_pid_namespace_works() {
+    if !is_root() {
+        return skip("not root");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    client::write_spec(dir.path(), &shell("echo inside; exit 7")).unwrap();
+    let output = Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", AGENT, "exec"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{} {}", output.status, client::shim_errors(dir.path()));
+    let exit = client::exit(dir.path()).unwrap().unwrap();
+    assert_eq!((exit.reason, exit.status), (ExitReason::Exited, Some(ExitStatus::Code(7))));
+    assert_eq!(frames(dir.path()).iter().map(Frame::span).sum::<u64>(), "inside\n".len() as u64);
 }
 
 #[test]
