@@ -144,7 +144,10 @@ fn recorded(record: ExitRecord) -> EndedAttempt {
             (Cause::OomKilled, "the kernel killed the program at its memory limit".to_owned())
         }
         ExitReason::TimedOut => (Cause::TimedOut, "the program was stopped at its timeout".to_owned()),
-        ExitReason::Stopped => (Cause::Cancelled, "the program was stopped on request".to_owned()),
+        // A shim that is no container's says `Stopped` of every stop.
+        ExitReason::Stopped | ExitReason::Terminated => {
+            (Cause::Cancelled, "the program was stopped on request".to_owned())
+        }
         ExitReason::SetupFailed => {
             let why = record.evidence.last().map_or("no reason was given", |(_, detail)| detail.as_str());
             (Cause::Backend, format!("the program could not be started: {}", cut(why)))

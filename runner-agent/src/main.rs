@@ -4,21 +4,26 @@ use std::{ffi::OsString, io::Write as _, path::Path, process::ExitCode};
 
 use runner_agent::exec::{self, ShimExit};
 
-const USAGE: &str = "usage: runner-agent exec DIR | probe [DIR] | --version";
+const USAGE: &str = "usage: runner-agent exec DIR | contain DIR | probe [DIR] | --version";
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let command: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
     match command.iter().map(AsRef::as_ref).collect::<Vec<_>>()[..] {
-        ["exec", _] => match exec::run(Path::new(&arguments[1])) {
-            ShimExit::Recorded => ExitCode::SUCCESS,
-            ShimExit::Failed => ExitCode::FAILURE,
-            ShimExit::Refused => ExitCode::from(3),
-        },
+        ["exec", _] => ended(exec::run(Path::new(&arguments[1]))),
+        ["contain", _] => ended(exec::run_contained(Path::new(&arguments[1]))),
         ["probe"] => probe(&std::env::temp_dir()),
         ["probe", _] => probe(Path::new(&arguments[1])),
         ["--version"] => print(concat!("runner-agent ", env!("CARGO_PKG_VERSION"))),
         _ => fail(USAGE),
+    }
+}
+
+fn ended(exit: ShimExit) -> ExitCode {
+    match exit {
+        ShimExit::Recorded => ExitCode::SUCCESS,
+        ShimExit::Failed => ExitCode::FAILURE,
+        ShimExit::Refused => ExitCode::from(3),
     }
 }
 

@@ -40,6 +40,18 @@ pub(crate) fn join(plan: &CgroupPlan, pid: i32) -> Result<(), String> {
     Ok(())
 }
 
+/// The control groups of a container, as its own processes see them: to be read, never to be changed.
+pub(crate) fn of_this_container() -> CgroupPlan {
+    let top = Path::new("/sys/fs/cgroup");
+    let version = if top.join("cgroup.controllers").exists() { 2 } else { 1 };
+    let directories = if version == 2 {
+        vec![top.to_owned()]
+    } else {
+        ["memory", "cpuacct", "pids"].iter().map(|controller| top.join(controller)).collect()
+    };
+    CgroupPlan { directories, settings: Vec::new(), version }
+}
+
 /// What the group has counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counters {

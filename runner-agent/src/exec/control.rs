@@ -17,6 +17,8 @@ use rustix::{
 
 use super::{
     client::MAX_CONTROL_LINE,
+    link::{LinkReply, LinkRequest},
+    link_out::LinkIn,
     protocol::{ControlReply, ControlRequest, name},
 };
 
@@ -34,11 +36,18 @@ pub(crate) struct Control {
     listener: OwnedFd,
     connections: Vec<Connection>,
     next_id: u64,
+    link: Option<LinkIn>,
+    link_replies: Vec<LinkReply>,
 }
 
 /// Names a connection, so that a reply can wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct ConnectionId(u64);
+pub(crate) enum ConnectionId {
+    /// Of the socket.
+    Socket(u64),
+    /// A request of the link.
+    Link(u64),
+}
 
 #[derive(Debug)]
 struct Connection {
@@ -79,7 +88,22 @@ impl Control {
         rustix::process::umask(mask);
         bound?;
         rustix::net::listen(&listener, 16)?;
-        Ok(Self { listener, connections: Vec::new(), next_id: 0 })
+        Ok(Self { listener, connections: Vec::new(), next_id: 0, link: None, link_replies: Vec::new() })
+    }
+
+    /// Takes requests from the link too.
+    pub(crate) fn serve_link(&mut self, link: Option<LinkIn>) {
+        self.link = link;
+    }
+
+    /// Where to wait for the link's requests.
+    pub(crate) fn link_interest(&self) -> Option<BorrowedFd<'_>> {
+        self.link.as_ref().and_then(LinkIn::interest)
+    }
+
+    /// Replies that are to go over the link.
+    pub(crate) fn take_link_replies(&mut self) -> Vec<LinkReply> {
+        std::mem::take(&mut self.link_replies)
     }
 
     pub(crate) fn listener(&self) -> BorrowedFd<'_> {
@@ -105,7 +129,7 @@ impl Control {
         {
             // One too many is dropped, which closes it.
             if self.connections.len() < MAX_CONNECTIONS {
-                let id = ConnectionId(self.next_id);
+                let id = ConnectionId::Socket(self.next_id);
                 self.next_id += 1;
                 self.connections.push(Connection {
                     id,
@@ -122,6 +146,10 @@ impl Control {
 
     /// Reads and writes what can be read and written without waiting.
     pub(crate) fn exchange(&mut self) {
+        if let Some(link) = &mut self.link {
+            link.fill();
+            self.link_replies.extend(link.take_refused());
+        }
         for connection in &mut self.connections {
             connection.flush();
             connection.fill();
@@ -132,6 +160,11 @@ impl Control {
     /// The next whole request. One for standard input is left in its place while `input_busy`. Malformed ones are answered
     /// here.
     pub(crate) fn next_request(&mut self, input_busy: bool) -> Option<(ConnectionId, ControlRequest)> {
+        if let Some(LinkRequest { id, request }) =
+            self.link.as_mut().and_then(|link| link.next_request(input_busy))
+        {
+            return Some((ConnectionId::Link(id), request));
+        }
         for connection in &mut self.connections {
             while !connection.busy {
                 let Some(end) = connection.incoming.iter().position(|&byte| byte == b'\n') else {
@@ -162,6 +195,10 @@ impl Control {
 
     /// Answers a taken request. The connection may be gone.
     pub(crate) fn reply(&mut self, id: ConnectionId, reply: &ControlReply) {
+        if let ConnectionId::Link(id) = id {
+            self.link_replies.push(LinkReply { id, reply: reply.clone() });
+            return;
+        }
         if let Some(connection) = self.connections.iter_mut().find(|connection| connection.id == id) {
             connection.busy = false;
             connection.answer(reply);

@@ -203,6 +203,9 @@ pub enum ExitReason {
     TimedOut,
     /// The shim ended it: it was asked to, before the program had ended.
     Stopped,
+    /// The shim of a container ended it: somebody else than the backend sent SIGTERM to the container, before the program
+    /// had ended. Its engine does so when it is shut down.
+    Terminated,
     /// The shim could not set up what the spec demands; the program never ran.
     SetupFailed,
 }

@@ -1,9 +1,11 @@
 //! The shim: claims the attempt, prepares, starts the first process, watches, cleans up, and says how it ended.
 
 use std::{
+    cell::RefCell,
     fs,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
+    rc::Rc,
     thread,
     time::Duration,
 };
@@ -25,6 +27,8 @@ use super::{
     cgroup::{self, Counters},
     child::{self, Plan},
     control::Control,
+    link::Kind,
+    link_out::{LinkIn, LinkOut, SharedOut},
     protocol::{ExecSpec, ExitReason, ExitRecord, Root, name},
     record::{self, Reserved},
     spool::Spool,
@@ -39,6 +43,8 @@ const PIPE_BYTES: usize = 1024 * 1024;
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the removal of the control group is tried.
 const CLEAN_UP: Duration = Duration::from_secs(10);
+/// How long the link's last words may take. The exit record is written before.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// How an attempt at being the shim ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,11 +61,29 @@ pub enum ShimExit {
 /// nothing of the workload is left and the exit record is written. Must be called by a process that has one thread and does
 /// nothing else: it closes every descriptor that it finds.
 pub fn run(dir: &Path) -> ShimExit {
+    run_as(dir, false)
+}
+
+/// The same as the first process of a container, which is what confines the program: standard output and input are the
+/// link ([`super::link`]), the container's control groups are read, and every process of the container is the workload's.
+pub fn run_contained(dir: &Path) -> ShimExit {
+    run_as(dir, true)
+}
+
+/// The link's ends, where this is a container's shim.
+#[derive(Debug, Default)]
+struct Link {
+    out: Option<SharedOut>,
+    requests: Option<LinkIn>,
+}
+
+fn run_as(dir: &Path, contained: bool) -> ShimExit {
     if record::was_claimed(dir) {
         return ShimExit::Refused;
     }
     let clock = SystemClock::new();
-    let claimed = match become_independent(dir).and_then(|()| claim(dir)) {
+    let claimed = become_independent(dir, contained).and_then(|link| Ok((claim(dir)?, link)));
+    let (claimed, link) = match claimed {
         Ok(claimed) => claimed,
         Err(error) => {
             tell(dir, &error);
@@ -77,14 +101,22 @@ pub fn run(dir: &Path) -> ShimExit {
             return ShimExit::Failed;
         }
     };
+    let out = link.out.clone();
     let record = match record::read::<ExecSpec>(dir, name::EXEC) {
-        Ok(Some(spec)) => execute(dir, &spec, &clock, &ending),
+        Ok(Some(spec)) => execute(dir, &spec, &clock, &ending, link),
         Ok(None) => failed(&clock, format!("{} is missing", name::EXEC)),
         Err(error) => failed(&clock, error.to_string()),
     };
     let _ = fs::remove_file(dir.join(name::CONTROL));
     match ending.write(&record) {
-        Ok(()) => ShimExit::Recorded,
+        Ok(()) => {
+            if let Some(out) = out {
+                let mut out = out.borrow_mut();
+                out.record(Kind::Ended, &record);
+                out.finish(&clock, LAST_WORDS);
+            }
+            ShimExit::Recorded
+        }
         Err(error) => {
             tell(dir, &error.to_string());
             ShimExit::Failed
@@ -99,7 +131,7 @@ fn claim(dir: &Path) -> Result<bool, String> {
 }
 
 /// Leaves the session, the descriptors, the directory and the signals of the parent behind.
-fn become_independent(dir: &Path) -> Result<(), String> {
+fn become_independent(dir: &Path, contained: bool) -> Result<Link, String> {
     // A parent may have had SIGCHLD ignored, which hides how a child ended.
     sys::reset_signals();
     sys::close_all_but([0, 1, 2]).map_err(|error| format!("closing descriptors: {error}"))?;
@@ -109,6 +141,13 @@ fn become_independent(dir: &Path) -> Result<(), String> {
     }
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let null = child::null().map_err(step("/dev/null"))?;
+    let mut link = Link::default();
+    if contained {
+        let copy =
+            |fd: rustix::fd::BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, 3).map_err(step("the link"));
+        link.out = Some(Rc::new(RefCell::new(LinkOut::new(copy(rustix::stdio::stdout())?))));
+        link.requests = Some(LinkIn::new(copy(rustix::stdio::stdin())?));
+    }
     let flags = OFlags::CREATE | OFlags::APPEND | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let errors = rustix::fs::open(dir.join(name::ERRORS), flags, Mode::from_raw_mode(0o600))
         .map_err(step(name::ERRORS))?;
@@ -120,7 +159,7 @@ fn become_independent(dir: &Path) -> Result<(), String> {
         sys::ignore_signal(signal);
     }
     sys::block_signals(&[Signal::TERM, Signal::CHILD]);
-    Ok(())
+    Ok(link)
 }
 
 fn tell(dir: &Path, text: &str) {
@@ -141,11 +180,12 @@ fn failed(clock: &SystemClock, why: String) -> ExitRecord {
 }
 
 /// Executes it and says how it ended.
-fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock, ending: &Reserved) -> ExitRecord {
+fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock, ending: &Reserved, link: Link) -> ExitRecord {
     if let Err(fault) = check(spec) {
         return failed(clock, fault);
     }
-    let started = start(dir, spec, clock);
+    let own_groups = link.out.as_ref().map(|_| cgroup::of_this_container());
+    let started = start(dir, spec, clock, link);
     let mut watch = match started {
         Ok(watch) => watch,
         Err(fault) => {
@@ -176,7 +216,7 @@ fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock, ending: &Reserved) 
     }
     let log_bytes = watch.spool.end();
     let seen = std::mem::take(&mut watch.seen);
-    let counters = spec.cgroup.as_ref().map(cgroup::counters).unwrap_or_default();
+    let counters = spec.cgroup.as_ref().or(own_groups.as_ref()).map(cgroup::counters).unwrap_or_default();
     let mut record = judge(seen, counters, log_bytes, clock);
     clean_up(spec, &mut record.evidence);
     record
@@ -222,15 +262,22 @@ fn check(spec: &ExecSpec) -> Result<(), String> {
 ///
 /// # Errors
 /// What could not be had. The control group may have been made.
-fn start<'a>(dir: &'a Path, spec: &'a ExecSpec, clock: &'a SystemClock) -> Result<Watch<'a>, String> {
+fn start<'a>(
+    dir: &'a Path,
+    spec: &'a ExecSpec,
+    clock: &'a SystemClock,
+    link: Link,
+) -> Result<Watch<'a>, String> {
     let step = |what: &'static str| move |error: Errno| format!("{what}: {error}");
     let argv = CStrings::new(spec.argv.iter().cloned())?;
     let env = CStrings::new(spec.env.iter().map(|(key, value)| format!("{key}={value}")))?;
-    let spool =
+    let mut spool =
         Spool::create(dir, spec.log_limit_bytes).map_err(|error| format!("{}: {error}", name::LOG))?;
+    spool.copy_to(link.out.clone());
     let dir_fd = rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| format!("{}: {error}", dir.display()))?;
-    let control = Control::bind(&dir_fd).map_err(step("control socket"))?;
+    let mut control = Control::bind(&dir_fd).map_err(step("control socket"))?;
+    control.serve_link(link.requests);
     let signals =
         sys::signal_fd(&[Signal::TERM, Signal::CHILD]).map_err(|error| format!("signalfd: {error}"))?;
     if !spec.namespaces.pid {
@@ -277,6 +324,7 @@ fn start<'a>(dir: &'a Path, spec: &'a ExecSpec, clock: &'a SystemClock) -> Resul
         first_handle,
         outputs: streams.outputs,
         input: streams.input,
+        link: link.out,
     }))
 }
 

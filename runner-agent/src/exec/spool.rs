@@ -13,6 +13,7 @@ use runner_core::{
 };
 
 use super::{
+    link_out::SharedOut,
     protocol::{SPOOL_FILE_BYTES, name},
     reader::segment_path,
 };
@@ -38,6 +39,8 @@ pub(crate) struct Spool {
     dropped: u64,
     /// The first failure of the disk.
     failure: Option<String>,
+    /// Gets a copy of every frame that was written.
+    link: Option<SharedOut>,
 }
 
 /// Bytes that were dropped and are not written down as such: the ones before the end.
@@ -76,7 +79,13 @@ impl Spool {
             wait: FIRST_WAIT,
             dropped: 0,
             failure: None,
+            link: None,
         })
+    }
+
+    /// Copies every frame from now on.
+    pub(crate) fn copy_to(&mut self, link: Option<SharedOut>) {
+        self.link = link;
     }
 
     /// Takes bytes that the program wrote. They are kept, or counted as dropped; the program is never held back for
@@ -179,6 +188,9 @@ impl Spool {
     /// Writes a frame whole, or leaves the file as it was.
     fn write_frame(&mut self, offset: u64, header: &[u8], payload: &[u8]) -> io::Result<()> {
         let result = self.try_write(offset, header, payload);
+        if let (Ok(()), Some(link)) = (&result, &self.link) {
+            link.borrow_mut().frame(header, payload);
+        }
         if let Err(error) = &result {
             self.failure.get_or_insert_with(|| error.to_string());
             if let Some(file) = &mut self.file {

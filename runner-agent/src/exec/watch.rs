@@ -21,6 +21,8 @@ use rustix::{
 use super::{
     child::{self, Message},
     control::{Control, PendingInput},
+    link::Kind,
+    link_out::SharedOut,
     protocol::{ExecSpec, ExitReason, StartedRecord, name},
     record,
     spool::Spool,
@@ -134,6 +136,7 @@ pub(crate) struct Watch<'a> {
     pub(crate) first_handle: OwnedFd,
     pub(crate) outputs: Vec<Output>,
     pub(crate) input: Input,
+    pub(crate) link: Option<SharedOut>,
     pub(crate) seen: Seen,
     begun: Duration,
     channel_open: bool,
@@ -160,12 +163,25 @@ pub(crate) struct Parts<'a> {
     pub(crate) first_handle: OwnedFd,
     pub(crate) outputs: Vec<Output>,
     pub(crate) input: Input,
+    pub(crate) link: Option<SharedOut>,
 }
 
 impl<'a> Watch<'a> {
     pub(crate) fn new(parts: Parts<'a>) -> Self {
-        let Parts { clock, spec, dir, spool, control, signals, channel, first, first_handle, outputs, input } =
-            parts;
+        let Parts {
+            clock,
+            spec,
+            dir,
+            spool,
+            control,
+            signals,
+            channel,
+            first,
+            first_handle,
+            outputs,
+            input,
+            link,
+        } = parts;
         Self {
             clock,
             spec,
@@ -178,6 +194,7 @@ impl<'a> Watch<'a> {
             first_handle,
             outputs,
             input,
+            link,
             seen: Seen::default(),
             begun: clock.monotonic(),
             channel_open: true,
@@ -203,6 +220,7 @@ impl<'a> Watch<'a> {
                 self.control.accept();
             }
             self.serve_control();
+            self.serve_link();
             if ready.signals {
                 self.take_signals();
                 self.reap();
@@ -245,6 +263,13 @@ impl<'a> Watch<'a> {
             && let Input::Pipe(fd) | Input::Terminal(fd) = &self.input
         {
             fds.push(PollFd::new(fd, PollFlags::OUT));
+        }
+        if let Some(requests) = self.control.link_interest() {
+            fds.push(PollFd::from_borrowed_fd(requests, PollFlags::IN));
+        }
+        let link = self.link.as_ref().map(|link| link.borrow());
+        if let Some(full) = link.as_ref().and_then(|link| link.interest()) {
+            fds.push(PollFd::from_borrowed_fd(full, PollFlags::OUT));
         }
         for interest in self.control.interests() {
             let mut flags = PollFlags::empty();
@@ -350,9 +375,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    fn stop(&mut self, grace: Duration) {
+    fn stop(&mut self, reason: ExitReason, grace: Duration) {
         match &mut self.ending {
-            None => self.begin_ending(ExitReason::Stopped, grace),
+            None => self.begin_ending(reason, grace),
             Some(ending) => ending.kill_at = ending.kill_at.min(self.clock.monotonic().saturating_add(grace)),
         }
     }
@@ -398,6 +423,9 @@ impl<'a> Watch<'a> {
                 let record = StartedRecord { time: self.clock.now(), pid: self.pid };
                 if let Err(error) = record::write(self.dir, name::STARTED, &record) {
                     self.note("shim", error.to_string());
+                }
+                if let Some(link) = &self.link {
+                    link.borrow_mut().record(Kind::Started, &record);
                 }
                 if let Some(error) = self.seen.not_executed {
                     self.tell_not_executed(error);
@@ -499,7 +527,9 @@ impl<'a> Watch<'a> {
         while let Ok(128) = rustix::io::read(&self.signals, &mut info) {
             let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
             if number.cast_signed() == Signal::TERM.as_raw() {
-                self.stop(self.spec.stop_grace);
+                // In a container our own request comes over the link: this is somebody else's.
+                let reason = if self.link.is_some() { ExitReason::Terminated } else { ExitReason::Stopped };
+                self.stop(reason, self.spec.stop_grace);
             }
         }
     }

@@ -68,9 +68,15 @@ fn header(kind: u8, offset: u64, time: Timestamp, payload: &[u8]) -> [u8; HEADER
 }
 
 fn checksum(head: &[u8], payload: &[u8]) -> u32 {
+    crc32(&[head, payload])
+}
+
+/// CRC-32 (IEEE) of the parts, one after the other.
+pub fn crc32(parts: &[&[u8]]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
-    hasher.update(head);
-    hasher.update(payload);
+    for part in parts {
+        hasher.update(part);
+    }
     hasher.finalize()
 }
 

@@ -11,12 +11,23 @@ use rustix::{
 use super::{
     super::{
         control::{ConnectionId, PendingInput},
-        protocol::{ControlReply, ControlRequest},
+        link::Kind,
+        protocol::{ControlReply, ControlRequest, ExitReason},
     },
     Input, Watch,
 };
 
 impl Watch<'_> {
+    /// Sends what waits to go over the link.
+    pub(super) fn serve_link(&mut self) {
+        let Some(link) = &self.link else { return };
+        let mut link = link.borrow_mut();
+        link.flush();
+        for reply in self.control.take_link_replies() {
+            link.record(Kind::Reply, &reply);
+        }
+    }
+
     pub(super) fn serve_control(&mut self) {
         self.control.exchange();
         self.continue_input();
@@ -35,7 +46,7 @@ impl Watch<'_> {
         let refused = |why: &str| Some(ControlReply::Refused(why.to_owned()));
         match request {
             ControlRequest::Stop { grace_ms } => {
-                self.stop(Duration::from_millis(grace_ms));
+                self.stop(ExitReason::Stopped, Duration::from_millis(grace_ms));
                 Some(ControlReply::Ok)
             }
             ControlRequest::Resize(size) => {
