@@ -200,7 +200,9 @@ impl LinkIn {
                     self.refused.push(LinkReply { id: request.id, reply: ControlReply::Refused(why) });
                 }
                 ControlRequest::Stdin(_) | ControlRequest::Eof => self.waiting.push_back(request),
-                ControlRequest::Stop { .. } | ControlRequest::Resize(_) => self.ready.push_back(request),
+                ControlRequest::Stop { .. } | ControlRequest::Resize(_) | ControlRequest::Release { .. } => {
+                    self.ready.push_back(request)
+                }
             }
         }
         if self.incoming.len() > MAX_CONTROL_LINE {

@@ -226,7 +226,15 @@ pub enum ControlRequest {
     Eof,
     /// The terminal's new size.
     Resize(TerminalSize),
+    /// Deletes the spool's files whose every frame is before the offset.
+    Release {
+        /// Log bytes that are durable elsewhere.
+        offset: u64,
+    },
 }
+
+/// Why input is refused that comes before the program is there: it may be sent again.
+pub const NOT_YET: &str = "the program does not run yet";
 
 /// The answer: one JSON object a line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

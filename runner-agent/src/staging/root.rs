@@ -218,7 +218,8 @@ impl Root {
         left.iter().try_for_each(|name| self.remove_tree(name))
     }
 
-    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+    /// Its descriptor, for what is not here.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 

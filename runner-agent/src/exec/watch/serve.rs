@@ -12,7 +12,8 @@ use super::{
     super::{
         control::{ConnectionId, PendingInput},
         link::Kind,
-        protocol::{ControlReply, ControlRequest, ExitReason},
+        protocol::{ControlReply, ControlRequest, ExitReason, NOT_YET},
+        reader::SpoolReader,
     },
     Input, Watch,
 };
@@ -49,8 +50,15 @@ impl Watch<'_> {
                 self.stop(ExitReason::Stopped, Duration::from_millis(grace_ms));
                 Some(ControlReply::Ok)
             }
+            ControlRequest::Release { offset } => match SpoolReader::open(self.dir, offset).release(offset) {
+                Ok(_) => Some(ControlReply::Ok),
+                Err(error) => refused(&error.to_string()),
+            },
             ControlRequest::Resize(size) => {
-                let Some(terminal) = &self.terminal else { return refused("there is no terminal") };
+                let Some(terminal) = &self.terminal else {
+                    let coming = self.spec.terminal.is_some() && self.seen.started.is_none();
+                    return refused(if coming { NOT_YET } else { "there is no terminal" });
+                };
                 let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
                 match rustix::termios::tcsetwinsize(terminal, size) {
                     Ok(()) => Some(ControlReply::Ok),
@@ -62,7 +70,7 @@ impl Watch<'_> {
                     self.pending = Some(PendingInput { from, bytes, then_close: false });
                     None
                 }
-                Input::None if self.spec.stdin => refused("the program does not run yet"),
+                Input::None if self.spec.stdin => refused(NOT_YET),
                 Input::None => refused("the run has no standard input"),
                 Input::Closed => refused("standard input is closed"),
             },
@@ -81,7 +89,7 @@ impl Watch<'_> {
                     }
                     Err(error) => refused(&error.to_string()),
                 },
-                Input::None if self.spec.stdin => refused("the program does not run yet"),
+                Input::None if self.spec.stdin => refused(NOT_YET),
                 Input::None => refused("the run has no standard input"),
                 Input::Closed => Some(ControlReply::Ok),
             },
