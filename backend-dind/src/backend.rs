@@ -87,17 +87,24 @@ pub(crate) struct Shared {
 /// What images say of themselves, the last ones that were used.
 #[derive(Debug, Default)]
 pub(crate) struct ImageConfigs {
-    known: Mutex<(HashMap<ImageId, Arc<ImageConfig>>, VecDeque<ImageId>)>,
+    known: Mutex<KnownConfigs>,
+}
+
+#[derive(Debug, Default)]
+struct KnownConfigs {
+    configs: HashMap<ImageId, Arc<ImageConfig>>,
+    /// The oldest comes first.
+    order: VecDeque<ImageId>,
 }
 
 impl ImageConfigs {
     pub(crate) fn get(&self, image: &ImageId) -> Option<Arc<ImageConfig>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).0.get(image).cloned()
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).configs.get(image).cloned()
     }
 
     pub(crate) fn put(&self, image: ImageId, config: Arc<ImageConfig>) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let (configs, order) = &mut *known;
+        let KnownConfigs { configs, order } = &mut *known;
         if configs.insert(image.clone(), config).is_none() {
             order.push_back(image);
         }

@@ -14,6 +14,12 @@ use crate::{
 pub(crate) struct ImageId(String);
 
 impl ImageId {
+    /// An id for tests.
+    #[cfg(test)]
+    pub(crate) fn of_test(id: &str) -> Self {
+        Self(id.to_owned())
+    }
+
     /// The id as text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
