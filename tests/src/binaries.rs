@@ -9,22 +9,21 @@ use std::{
 type Built = OnceLock<Result<PathBuf, String>>;
 
 /// The folder of the programs: `RUNNER_TEST_BINARIES` where it is set, else that of this build, after building them.
-fn folder(built: &Built, packages: &[&str]) -> Result<PathBuf, String> {
+fn folder(built: &Built, wanted: &[&str]) -> Result<PathBuf, String> {
     let make = || match std::env::var_os("RUNNER_TEST_BINARIES") {
         Some(folder) => Ok(folder.into()),
-        None => build(packages),
+        None => build(wanted),
     };
     built.get_or_init(make).clone()
 }
 
-fn build(packages: &[&str]) -> Result<PathBuf, String> {
+fn build(wanted: &[&str]) -> Result<PathBuf, String> {
     let own = std::env::current_exe().map_err(|error| format!("find this test's program: {error}"))?;
     // target/PROFILE/deps/TEST-HASH
     let folder = own.parent().and_then(Path::parent).ok_or("this test's program lies nowhere")?.to_owned();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "--bins"]);
-    command.args(packages.iter().flat_map(|package| ["--package", package]));
+    command.args(["build", "--quiet"]).args(wanted);
     if folder.file_name().is_some_and(|name| name == "release") {
         command.arg("--release");
     }
@@ -48,7 +47,7 @@ fn program(folder: Result<PathBuf, String>, name: &str) -> Result<PathBuf, Strin
 /// Where it cannot be built.
 pub fn agent() -> Result<PathBuf, String> {
     static BUILT: Built = OnceLock::new();
-    program(folder(&BUILT, &["runner-agent"]), "runner-agent")
+    program(folder(&BUILT, &["--bins", "--package", "runner-agent"]), "runner-agent")
 }
 
 /// The service. The shim lies beside it.
@@ -57,7 +56,7 @@ pub fn agent() -> Result<PathBuf, String> {
 /// Where it cannot be built.
 pub fn runner() -> Result<PathBuf, String> {
     static BUILT: Built = OnceLock::new();
-    program(folder(&BUILT, &["runner", "runner-agent"]), "runner")
+    program(folder(&BUILT, &["--bins", "--package", "runner", "--package", "runner-agent"]), "runner")
 }
 
 /// The command line.
@@ -66,5 +65,22 @@ pub fn runner() -> Result<PathBuf, String> {
 /// Where it cannot be built.
 pub fn runnerctl() -> Result<PathBuf, String> {
     static BUILT: Built = OnceLock::new();
-    program(folder(&BUILT, &["runnerctl"]), "runnerctl")
+    program(folder(&BUILT, &["--bins", "--package", "runnerctl"]), "runnerctl")
+}
+
+/// Who cleans up after a test, see [`place`](crate::place). Cargo builds it before it runs a test of this package; it is built
+/// here for others only.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn keeper() -> Result<PathBuf, String> {
+    const NAME: &str = "engine-keeper";
+    static BUILT: Built = OnceLock::new();
+    let own = std::env::current_exe().map_err(|error| format!("find this program: {error}"))?;
+    // target/PROFILE/deps/TEST-HASH, or target/PROFILE/PROGRAM.
+    let beside = own.ancestors().skip(1).take(2).map(|folder| folder.join(NAME)).find(|path| path.is_file());
+    match beside {
+        Some(path) => Ok(path),
+        None => program(folder(&BUILT, &["--bin", NAME, "--package", "runner-tests"]), NAME),
+    }
 }

@@ -3,7 +3,9 @@
 pub mod artifact;
 pub mod backend;
 pub mod binaries;
+pub mod docker;
 pub mod log;
+pub mod place;
 pub mod proc;
 pub mod service;
 pub mod store;

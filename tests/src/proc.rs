@@ -110,12 +110,16 @@ pub fn open_files(pid: u32) -> Option<usize> {
     Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
 }
 
-/// Mounts of this process' namespace below `path`, not at it.
-pub fn mounts_below(path: &Path) -> Vec<String> {
+/// Mounts of this process' namespace below `path`, not at it, in the order in which they were made.
+pub fn mount_points_below(path: &Path) -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let below = |at: &Path| at.starts_with(path) && at != path;
-    let found = |line: &&str| line.split(' ').nth(4).is_some_and(|at| below(Path::new(at)));
-    mounts.lines().filter(found).map(|line| format!("mount {line}")).collect()
+    let below = |at: &PathBuf| at.starts_with(path) && at != path;
+    mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).filter(below).collect()
+}
+
+/// The same, each as a line for people.
+pub fn mounts_below(path: &Path) -> Vec<String> {
+    mount_points_below(path).into_iter().map(|at| format!("mount {}", at.display())).collect()
 }
 
 fn groups_named(name: &str, dir: &Path, found: &mut Vec<PathBuf>) {
@@ -136,11 +140,38 @@ pub fn control_groups_named(name: &str) -> Vec<String> {
     found.into_iter().map(|path| format!("control group {}", path.display())).collect()
 }
 
+/// Live processes in control groups of every hierarchy with `name` in their own name, and in the groups below these.
+pub fn pids_in_control_groups_named(name: &str) -> Vec<i32> {
+    let mut groups = Vec::new();
+    groups_named(name, Path::new("/sys/fs/cgroup"), &mut groups);
+    let mut pids = Vec::new();
+    while let Some(group) = groups.pop() {
+        let procs = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+        pids.extend(procs.lines().filter_map(|line| line.parse::<i32>().ok()));
+        let below = fs::read_dir(&group).into_iter().flatten().filter_map(Result::ok);
+        groups.extend(
+            below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()),
+        );
+    }
+    pids.sort_unstable();
+    pids.dedup();
+    pids.retain(|pid| alive(*pid));
+    pids
+}
+
 /// Removes control groups that a failed test left behind.
 pub fn remove_control_groups_named(name: &str) {
     let mut found = Vec::new();
     groups_named(name, Path::new("/sys/fs/cgroup"), &mut found);
-    for path in found.into_iter().rev() {
-        let _ = fs::remove_dir(path);
+    found.into_iter().rev().for_each(|path| remove_group(&path));
+}
+
+/// A group with groups below it cannot be removed before these.
+fn remove_group(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().filter_map(Result::ok) {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_group(&entry.path());
+        }
     }
+    let _ = fs::remove_dir(path);
 }

@@ -18,6 +18,10 @@ const NEEDS: &[Need] = &[
     Need { program: "python3", package: "python3", without: "the Python client" },
     Need { program: "setpriv", package: "util-linux", without: "the shim without privileges" },
     Need { program: "busybox", package: "busybox-static", without: "images other than `host`" },
+    Need { program: "dockerd", package: "docker.io", without: "the Docker backend" },
+    Need { program: "docker-registry", package: "docker-registry", without: "pulling images" },
+    Need { program: "openssl", package: "openssl", without: "the Docker backend over TLS" },
+    Need { program: "ip", package: "iproute2", without: "the Docker backend with a network" },
 ];
 
 /// Installs what is missing, where it may; else says what is missing.

@@ -22,6 +22,20 @@ use self::program::Program;
 #[derive(Debug)]
 pub struct Missing(pub String);
 
+impl Missing {
+    /// Says that `test` is skipped.
+    ///
+    /// # Panics
+    /// Where `RUNNER_REQUIRE_BACKENDS` names the kind.
+    #[allow(clippy::print_stdout, reason = "a skip must be visible in the test's output")]
+    pub fn skip(&self, kind: &str, test: &str) {
+        let Self(why) = self;
+        let required = std::env::var("RUNNER_REQUIRE_BACKENDS").unwrap_or_default();
+        assert!(!required.split(',').any(|name| name.trim() == kind), "backend {kind} is required: {why}");
+        println!("SKIP backend={kind} case={test} missing={why}");
+    }
+}
+
 /// What the suite needs of an implementation. A value owns a substrate of its own; dropping it cleans that up, whatever
 /// state it is in.
 #[async_trait]
