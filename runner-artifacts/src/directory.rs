@@ -53,8 +53,10 @@ struct Shared {
     durable: Mutex<HashSet<PathBuf>>,
 }
 
-/// Read at once, in bytes.
-const CHUNK: usize = 512 * 1024;
+/// Read at once, in bytes, at the beginning of an object: a reader that stops early holds no more than this.
+const FIRST_CHUNK: u64 = 64 * 1024;
+/// Read at once, in bytes, by a reader that goes on: larger reads cost less for each byte.
+const CHUNK: u64 = 512 * 1024;
 /// Folders that are remembered as durable.
 const REMEMBERED: usize = 16 * 1024;
 
@@ -280,29 +282,33 @@ impl ArtifactStore for DirectoryArtifacts {
             })
             .await?;
         let left = range.end.min(size).saturating_sub(range.start);
-        let reader = (file, left, context);
-        let stream = stream::try_unfold(reader, |(mut file, left, context)| async move {
-            if left == 0 {
-                return Ok(None);
-            }
-            let work = move || {
-                let wanted = left.min(CHUNK as u64);
-                let mut chunk = Vec::with_capacity(usize::try_from(wanted).unwrap_or(CHUNK));
-                match (&mut file).take(wanted).read_to_end(&mut chunk) {
-                    // Objects are only ever replaced whole, so someone else cut this file.
-                    Ok(0) => Err(ArtifactError::new(
-                        ArtifactErrorKind::Other,
-                        format!("{context}: the file ends {left} bytes too early"),
-                    )),
-                    Ok(read) => Ok(Some((Bytes::from(chunk), (file, left - read as u64, context)))),
-                    Err(error) => Err(mapped(error, &context)),
+        let stream =
+            stream::try_unfold((file, 0, left, context), |(mut file, done, left, context)| async move {
+                if left == 0 {
+                    return Ok(None);
                 }
-            };
-            match tokio::task::spawn_blocking(work).await {
-                Ok(result) => result,
-                Err(stopped) => Err(stopped_error(stopped)),
-            }
-        });
+                let work = move || {
+                    // A quarter of what was read already: a reader that goes on soon reads the most at once.
+                    let wanted = left.min((done / 4).clamp(FIRST_CHUNK, CHUNK));
+                    let mut chunk = Vec::with_capacity(usize::try_from(wanted).unwrap_or_default());
+                    match (&mut file).take(wanted).read_to_end(&mut chunk) {
+                        // Objects are only ever replaced whole, so someone else cut this file.
+                        Ok(0) => Err(ArtifactError::new(
+                            ArtifactErrorKind::Other,
+                            format!("{context}: the file ends {left} bytes too early"),
+                        )),
+                        Ok(read) => {
+                            let read = read as u64;
+                            Ok(Some((Bytes::from(chunk), (file, done + read, left - read, context))))
+                        }
+                        Err(error) => Err(mapped(error, &context)),
+                    }
+                };
+                match tokio::task::spawn_blocking(work).await {
+                    Ok(result) => result,
+                    Err(stopped) => Err(stopped_error(stopped)),
+                }
+            });
         Ok((ArtifactMeta { key: key.clone(), size }, stream.boxed()))
     }
 
