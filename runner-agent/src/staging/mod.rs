@@ -18,6 +18,7 @@ mod output;
 mod plan;
 mod publish;
 mod root;
+mod select;
 mod tree;
 mod walk;
 

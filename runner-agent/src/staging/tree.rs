@@ -9,12 +9,13 @@ use std::{
 use bytes::Bytes;
 use runner_core::{
     artifact::{ArtifactKey, ArtifactStore, ArtifactUri, EntryKind, Manifest, ManifestEntry},
+    id::TenantId,
     spec::{Input, InputSource, RunSpec, path},
 };
 
 use super::{
     StagingError, StagingErrorKind, StagingLimits,
-    entry_name::{self, shown},
+    entry_name::shown,
     error::About,
     plan::{MountPlan, is_directory},
     publish::read_manifest_at,
@@ -82,23 +83,35 @@ pub(super) async fn resolve(
                 list.add(file, &about, limits)?;
             }
             InputSource::Artifact(uri) if uri.is_tree() => {
-                let manifest =
-                    read_manifest_at(artifacts, uri.key(), limits, &about).await?.ok_or_else(|| {
-                        about.error(
-                            StagingErrorKind::NotFound,
-                            format!("look up {uri}: it has no manifest, so the tree is not complete"),
-                        )
-                    })?;
-                let hidden: Vec<&str> = spec
-                    .inputs
-                    .iter()
-                    .filter(|inner| {
-                        inner.path.len() > input.path.len() && path::overlap(&inner.path, &input.path)
-                    })
-                    .map(|inner| &inner.path[input.path.len() + 1..])
-                    .collect();
-                let tree = Tree { index, input, uri, at, hidden, about: &about, limits };
+                let what = uri.to_string();
+                let manifest = manifest_of(&what, uri.key(), artifacts, limits, &about).await?;
+                let owner = uri.owner();
+                let hidden = hidden(spec, input);
+                let tree = Tree { index, input, what, owner, below: "", at, hidden, about: &about, limits };
                 tree.add(manifest, &mut list)?;
+            }
+            InputSource::Run(output) => {
+                let found = output.found.as_ref().ok_or_else(|| {
+                    about.error(
+                        StagingErrorKind::Malformed,
+                        format!("{output}: admission has not looked for it"),
+                    )
+                })?;
+                let what = output.to_string();
+                let manifest = manifest_of(&what, &found.prefix, artifacts, limits, &about).await?;
+                let owner = ArtifactUri::tree(found.prefix.clone()).owner();
+                let below = output.path.as_deref().unwrap_or_default().trim_start_matches('/');
+                let hidden = hidden(spec, input);
+                let tree = Tree { index, input, what, owner, below, at, hidden, about: &about, limits };
+                if found.directory {
+                    tree.add(manifest, &mut list)?;
+                } else {
+                    tree.add_file(manifest, &mut list)?;
+                }
+            }
+            InputSource::Https(_) => {
+                let what = "no host is allowed as a source of inputs";
+                return Err(about.error(StagingErrorKind::Unsupported, what));
             }
             InputSource::Artifact(uri) => {
                 let meta = artifacts
@@ -140,11 +153,38 @@ impl Worklist {
     }
 }
 
+async fn manifest_of(
+    what: &str,
+    prefix: &ArtifactKey,
+    artifacts: &dyn ArtifactStore,
+    limits: &StagingLimits,
+    about: &About,
+) -> Result<Manifest, StagingError> {
+    read_manifest_at(artifacts, prefix, limits, about).await?.ok_or_else(|| {
+        let what = format!("look up {what}: it has no manifest, so it is not complete");
+        about.error(StagingErrorKind::NotFound, what)
+    })
+}
+
+/// Places in an input that inputs with longer paths take, relative to it.
+fn hidden<'a>(spec: &'a RunSpec, input: &Input) -> Vec<&'a str> {
+    spec.inputs
+        .iter()
+        .filter(|inner| inner.path.len() > input.path.len() && path::overlap(&inner.path, &input.path))
+        .map(|inner| &inner.path[input.path.len() + 1..])
+        .collect()
+}
+
 /// A tree input, while its manifest is looked through.
 struct Tree<'a> {
     index: usize,
     input: &'a Input,
-    uri: &'a ArtifactUri,
+    /// Its URI, for messages.
+    what: String,
+    /// Whose objects it may name.
+    owner: Option<TenantId>,
+    /// The part of it that is wanted, without slashes around; empty: all of it.
+    below: &'a str,
     at: PathBuf,
     /// Places in it that inputs with longer paths take, relative to it.
     hidden: Vec<&'a str>,
@@ -158,9 +198,14 @@ impl Tree<'_> {
         list.directories.insert(self.at.clone(), DIRECTORY_MODE);
         let mut places = Vec::with_capacity(manifest.entries.len());
         for entry in manifest.entries {
-            let relative = self.place(&entry)?;
-            if !self.is_hidden(&relative) {
-                places.push((relative, entry));
+            let place = self.place(&entry)?;
+            let Ok(relative) = place.strip_prefix(self.below) else { continue };
+            // The wanted directory itself: it is there already.
+            if relative.as_os_str().is_empty() {
+                continue;
+            }
+            if !self.is_hidden(relative) {
+                places.push((relative.to_owned(), entry));
             }
         }
         places.sort_by(|a, b| a.0.cmp(&b.0));
@@ -171,7 +216,7 @@ impl Tree<'_> {
             if twice || last_file.is_some_and(|file| relative.starts_with(file)) {
                 let what = format!(
                     "{}: its manifest gives one place to two entries: {}",
-                    self.uri,
+                    self.what,
                     shown(&relative.to_string_lossy())
                 );
                 return Err(self.about.error(StagingErrorKind::Conflict, what));
@@ -189,16 +234,7 @@ impl Tree<'_> {
                     list.check_count(self.about, self.limits)?;
                 }
                 EntryKind::File => {
-                    let key = self.key(&entry)?;
-                    let mode = self.input.mode.unwrap_or(entry.mode & 0o777);
-                    let file = StagedFile {
-                        input: self.index,
-                        at,
-                        source: Source::Object(key),
-                        size: entry.size,
-                        sha256: Some(entry.sha256),
-                        mode,
-                    };
+                    let file = self.file(entry, at)?;
                     list.add(file, self.about, self.limits)?;
                 }
             }
@@ -206,22 +242,38 @@ impl Tree<'_> {
         Ok(())
     }
 
+    /// Adds the one file that is wanted of it, at the input's own place.
+    fn add_file(&self, manifest: Manifest, list: &mut Worklist) -> Result<(), StagingError> {
+        for entry in manifest.entries {
+            if entry.kind == EntryKind::File && self.place(&entry)? == Path::new(self.below) {
+                let file = self.file(entry, self.at.clone())?;
+                return list.add(file, self.about, self.limits);
+            }
+        }
+        let what = format!("look up {}: the manifest has no such file", self.what);
+        Err(self.about.error(StagingErrorKind::NotFound, what))
+    }
+
+    fn file(&self, entry: ManifestEntry, at: PathBuf) -> Result<StagedFile, StagingError> {
+        Ok(StagedFile {
+            input: self.index,
+            at,
+            source: Source::Object(self.key(&entry)?),
+            size: entry.size,
+            mode: self.input.mode.unwrap_or(entry.mode & 0o777),
+            sha256: Some(entry.sha256),
+        })
+    }
+
     /// Where the entry lies in the tree: `path` in an uploaded tree. In another run's outputs, the output's own path comes
     /// before it: `/outputs/report.txt` lies at `outputs/report.txt`.
     fn place(&self, entry: &ManifestEntry) -> Result<PathBuf, StagingError> {
         let bad = |why: &str| {
             let path = shown(&entry.path);
-            let what = format!("{}: its manifest has an entry with the path {path}, which {why}", self.uri);
+            let what = format!("{}: its manifest has an entry with the path {path}, which {why}", self.what);
             self.about.error(StagingErrorKind::Malformed, what)
         };
-        let below = entry_name::decode(entry).ok_or_else(|| bad("is not properly encoded"))?;
-        let mut bytes = entry.output.trim_start_matches('/').as_bytes().to_vec();
-        if !below.is_empty() {
-            if !bytes.is_empty() {
-                bytes.push(b'/');
-            }
-            bytes.extend_from_slice(below.as_bytes());
-        }
+        let bytes = entry.place().ok_or_else(|| bad("is not properly encoded"))?;
         if bytes.is_empty() {
             return Err(bad("is empty"));
         }
@@ -234,7 +286,7 @@ impl Tree<'_> {
         }
         if depth > self.limits.depth || bytes.len() > path::MAX_BYTES {
             let what =
-                format!("{}: it is deeper than {} names, or a path too long", self.uri, self.limits.depth);
+                format!("{}: it is deeper than {} names, or a path too long", self.what, self.limits.depth);
             return Err(self.about.error(StagingErrorKind::LimitExceeded, what));
         }
         Ok(PathBuf::from(std::ffi::OsStr::from_bytes(&bytes)))
@@ -247,12 +299,12 @@ impl Tree<'_> {
     /// A manifest is written by the tenant, so what it names is checked: only the tenant's own objects.
     fn key(&self, entry: &ManifestEntry) -> Result<ArtifactKey, StagingError> {
         let bad = |why: &str| {
-            let what = format!("{}: the entry {} {why}", self.uri, shown(&entry.path));
+            let what = format!("{}: the entry {} {why}", self.what, shown(&entry.path));
             self.about.error(StagingErrorKind::Malformed, what)
         };
         let key = entry.key.clone().ok_or_else(|| bad("has no key"))?;
         let owner = ArtifactUri::object(key.clone()).owner();
-        if owner.is_none() || owner != self.uri.owner() {
+        if owner.is_none() || owner != self.owner {
             return Err(bad("names an object outside of the tree's tenant"));
         }
         if entry.sha256.len() != 64 {
