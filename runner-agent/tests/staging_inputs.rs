@@ -10,7 +10,7 @@ use runner_core::{
     artifact::{ArtifactErrorKind, ArtifactStore as _, ManifestEntry},
     backend::{BackendError, BackendErrorKind},
     fake::artifact::ArtifactOp,
-    spec::{Archive, FoundOutput, Input, InputSource, RunOutput},
+    spec::{FoundOutput, Input, InputSource, RunOutput},
 };
 use staging_kit::*;
 
@@ -351,12 +351,6 @@ async fn links_in_the_staging_root_are_not_followed() {
     symlink(outside.path(), bench.at("out")).unwrap();
     assert!(bench.stage().await.is_err());
     assert_eq!(below(outside.path()), ["victim"]);
-}
-
-#[tokio::test]
-async fn an_archive_is_refused_until_it_can_be_unpacked() {
-    let bench = Bench::new(vec![Input { extract: Some(Archive::Tar), ..inline("/inputs/a", b"x") }], vec![]);
-    assert_eq!(bench.stage().await.unwrap_err().kind, StagingErrorKind::Unsupported);
 }
 
 #[tokio::test]

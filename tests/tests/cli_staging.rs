@@ -83,6 +83,32 @@ fn a_run_takes_what_another_run_stored() {
 }
 
 #[test]
+fn an_archive_is_unpacked_where_it_is_wanted_and_a_hostile_one_is_an_input_failure() {
+    let service = start();
+    let dir = tempfile::tempdir().expect("temp dir");
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir_all(at("src/d")).expect("directory");
+    fs::write(at("src/d/x"), "contents\n").expect("file");
+    let tar = |args: &[&str]| {
+        let done = Command::new("tar").arg("-C").arg(at("src")).args(args).status().expect("tar");
+        assert!(done.success(), "{args:?}");
+    };
+    let good = at("good.tar.gz").display().to_string();
+    tar(&["-czf", &good, "."]);
+    let said =
+        ok(&service, &["run", "--extract", &format!("{good}:/inputs/s"), "--", "cat", "/inputs/s/d/x"]);
+    assert_eq!(said, "contents\n");
+
+    std::os::unix::fs::symlink("/etc", at("src/link")).expect("link");
+    let evil = at("evil.tar").display().to_string();
+    tar(&["-cf", &evil, "."]);
+    let output = ctl(&service, &["run", "--extract", &format!("{evil}:/inputs/s"), "--", "true"]);
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{told}");
+    assert!(told.contains("INPUT") && told.contains("symbolic link"), "{told}");
+}
+
+#[test]
 fn an_output_that_is_not_there_is_refused_before_anything_runs() {
     let service = start();
     let first = run(&service, &[], "echo x > /outputs/undeclared");

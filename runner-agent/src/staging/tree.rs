@@ -6,27 +6,21 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bytes::Bytes;
 use runner_core::{
     artifact::{ArtifactKey, ArtifactStore, ArtifactUri, EntryKind, Manifest, ManifestEntry},
     id::TenantId,
-    spec::{Input, InputSource, RunSpec, path},
+    spec::{Archive, Input, InputSource, RunSpec, path},
 };
 
 use super::{
     StagingError, StagingErrorKind, StagingLimits,
     entry_name::shown,
     error::About,
+    fetch::PARTIAL,
     plan::{MountPlan, is_directory},
     publish::read_manifest_at,
+    source::Source,
 };
-
-/// Where a file's bytes come from.
-#[derive(Debug)]
-pub(super) enum Source {
-    Inline(Bytes),
-    Object(ArtifactKey),
-}
 
 /// A file to be staged.
 #[derive(Debug)]
@@ -36,10 +30,29 @@ pub(super) struct StagedFile {
     /// Relative to the staging root.
     pub(super) at: PathBuf,
     pub(super) source: Source,
-    pub(super) size: u64,
+    /// `None`: known when it is read.
+    pub(super) size: Option<u64>,
     /// `None`: the spec promised none.
     pub(super) sha256: Option<String>,
     pub(super) mode: u32,
+}
+
+/// An archive to be unpacked, once it was brought.
+#[derive(Debug)]
+pub(super) struct PackedTree {
+    /// The input that it is, by index.
+    pub(super) input: usize,
+    /// For messages.
+    pub(super) what: String,
+    /// Where it was brought to, relative to the staging root.
+    pub(super) spool: PathBuf,
+    /// The directory that it becomes, relative to the staging root.
+    pub(super) at: PathBuf,
+    pub(super) format: Archive,
+    /// Of its files, where the spec says.
+    pub(super) mode: Option<u32>,
+    /// Places in it that other inputs take, relative to it.
+    pub(super) hidden: Vec<String>,
 }
 
 /// Everything to be staged.
@@ -51,6 +64,8 @@ pub(super) struct Worklist {
     pub(super) files: Vec<StagedFile>,
     /// Sum of the files' sizes.
     pub(super) bytes: u64,
+    /// Brought among the files.
+    pub(super) archives: Vec<PackedTree>,
 }
 
 const FILE_MODE: u32 = 0o644;
@@ -66,21 +81,12 @@ pub(super) async fn resolve(
     let mut list = Worklist::default();
     for (index, (input, place)) in spec.inputs.iter().zip(&plan.inputs).enumerate() {
         let about = About::input(index);
-        if input.extract.is_some() {
-            return Err(about.error(StagingErrorKind::Unsupported, "archives cannot be unpacked yet"));
-        }
         let at = plan.host_path(place);
         match &input.source {
             InputSource::Inline(bytes) => {
-                let file = StagedFile {
-                    input: index,
-                    at,
-                    size: bytes.len() as u64,
-                    source: Source::Inline(bytes.clone()),
-                    sha256: input.sha256.clone(),
-                    mode: input.mode.unwrap_or(FILE_MODE),
-                };
-                list.add(file, &about, limits)?;
+                let size = Some(bytes.len() as u64);
+                let one = One { spec, index, at, source: Source::Inline(bytes.clone()), size };
+                one.add(&mut list, limits)?;
             }
             InputSource::Artifact(uri) if uri.is_tree() => {
                 let what = uri.to_string();
@@ -109,24 +115,22 @@ pub(super) async fn resolve(
                     tree.add_file(manifest, &mut list)?;
                 }
             }
-            InputSource::Https(_) => {
-                let what = "no host is allowed as a source of inputs";
-                return Err(about.error(StagingErrorKind::Unsupported, what));
+            InputSource::Https(url) => {
+                // Asked of the configuration of now: it may have changed since the spec was accepted.
+                if !limits.https.allows_host(url) {
+                    let what = format!("inputs may not come from the host {}", url.host());
+                    return Err(about.error(StagingErrorKind::Denied, what));
+                }
+                let one = One { spec, index, at, source: Source::Https(url.clone()), size: None };
+                one.add(&mut list, limits)?;
             }
             InputSource::Artifact(uri) => {
                 let meta = artifacts
                     .head(uri.key())
                     .await
                     .map_err(|error| about.store(format!("look up {uri}"), error))?;
-                let file = StagedFile {
-                    input: index,
-                    at,
-                    size: meta.size,
-                    source: Source::Object(uri.key().clone()),
-                    sha256: input.sha256.clone(),
-                    mode: input.mode.unwrap_or(FILE_MODE),
-                };
-                list.add(file, &about, limits)?;
+                let source = Source::Object(uri.key().clone());
+                One { spec, index, at, source, size: Some(meta.size) }.add(&mut list, limits)?;
             }
         }
     }
@@ -135,7 +139,7 @@ pub(super) async fn resolve(
 
 impl Worklist {
     fn add(&mut self, file: StagedFile, about: &About, limits: &StagingLimits) -> Result<(), StagingError> {
-        self.bytes = self.bytes.saturating_add(file.size);
+        self.bytes = self.bytes.saturating_add(file.size.unwrap_or_default());
         if self.bytes > limits.input_bytes {
             let what = format!("the inputs have more than {} bytes together", limits.input_bytes);
             return Err(about.error(StagingErrorKind::LimitExceeded, what));
@@ -150,6 +154,42 @@ impl Worklist {
             return Err(about.error(StagingErrorKind::LimitExceeded, what));
         }
         Ok(())
+    }
+}
+
+/// An input of one source: a file, or an archive.
+struct One<'a> {
+    spec: &'a RunSpec,
+    index: usize,
+    at: PathBuf,
+    source: Source,
+    size: Option<u64>,
+}
+
+impl One<'_> {
+    fn add(self, list: &mut Worklist, limits: &StagingLimits) -> Result<(), StagingError> {
+        let Self { spec, index, at, source, size } = self;
+        let input = &spec.inputs[index];
+        let about = About::input(index);
+        let (at, mode) = match input.extract {
+            None => (at, input.mode.unwrap_or(FILE_MODE)),
+            Some(format) => {
+                let spool = Path::new(PARTIAL).join(format!("archive-{index}"));
+                list.directories.insert(at.clone(), DIRECTORY_MODE);
+                list.archives.push(PackedTree {
+                    input: index,
+                    what: source.to_string(),
+                    spool: spool.clone(),
+                    at,
+                    format,
+                    mode: input.mode,
+                    hidden: hidden(spec, input).into_iter().map(str::to_owned).collect(),
+                });
+                (spool, 0o600)
+            }
+        };
+        let file = StagedFile { input: index, at, source, size, sha256: input.sha256.clone(), mode };
+        list.add(file, &about, limits)
     }
 }
 
@@ -259,7 +299,7 @@ impl Tree<'_> {
             input: self.index,
             at,
             source: Source::Object(self.key(&entry)?),
-            size: entry.size,
+            size: Some(entry.size),
             mode: self.input.mode.unwrap_or(entry.mode & 0o777),
             sha256: Some(entry.sha256),
         })
