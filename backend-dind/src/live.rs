@@ -31,6 +31,8 @@ use crate::engine::{Attached, Engine, EngineError};
 
 /// Log bytes that wait for an observer. Beyond it copies are left out.
 const MAX_WAITING: usize = 8 * 1024 * 1024;
+/// A shim that takes longer to answer may be dead.
+const SUSPICIOUS: Duration = Duration::from_millis(200);
 /// Replies that may wait for who asked.
 const REPLIES: usize = 16;
 
@@ -233,7 +235,19 @@ pub(crate) async fn request(
         }
         Err(RequestError::Gone)
     };
-    tokio::time::timeout(patience, exchange).await.unwrap_or(Err(RequestError::Deadline(patience)))
+    // An engine lets one attach to a container that has ended, and then says nothing.
+    let death = async {
+        tokio::time::sleep(SUSPICIOUS).await;
+        engine.wait(name).await
+    };
+    let answered = async {
+        tokio::select! {
+            biased;
+            reply = exchange => reply,
+            ended = death => Err(ended.map_or_else(RequestError::Engine, |()| RequestError::Gone)),
+        }
+    };
+    tokio::time::timeout(patience, answered).await.unwrap_or(Err(RequestError::Deadline(patience)))
 }
 
 struct AbortOnDrop(AbortHandle);

@@ -78,15 +78,17 @@ impl Drop for Depot {
 
 /// Removes a tree that staging made: its directories may lack the right to be emptied.
 fn remove(path: &Path) -> io::Result<()> {
-    match Root::open(path) {
-        Ok(root) => {
-            for entry in fs::read_dir(path)? {
-                root.remove_tree(Path::new(&entry?.file_name()))?;
-            }
-            fs::remove_dir(path)
+    let work = || {
+        let root = Root::open(path)?;
+        for entry in fs::read_dir(path)? {
+            root.remove_tree(Path::new(&entry?.file_name()))?;
         }
+        fs::remove_dir(path)
+    };
+    match work() {
+        // Somebody else has removed it meanwhile.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
+        other => other,
     }
 }
 

@@ -82,7 +82,7 @@ impl Machine {
             terminal: true,
             stdin: true,
             secrets: false,
-            extract: true,
+            extract: false,
             image_command: false,
             images: Some(images),
         }

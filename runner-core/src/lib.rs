@@ -11,7 +11,6 @@ pub mod clock;
 pub mod crash;
 #[cfg(feature = "test-util")]
 pub mod fake;
-pub mod https;
 pub mod id;
 pub mod limits;
 pub mod log;

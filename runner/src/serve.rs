@@ -19,6 +19,7 @@ use runner_core::{
     artifact::{ArtifactError, ArtifactStore},
     backend::Backend,
     clock::{self, Clock, IdGen},
+    limits::Limits,
     service::{Options, Parts, RunService, ServiceError},
 };
 use runner_store::{DataDirLock, LockError, SqliteOptions, SqliteStore};
@@ -160,7 +161,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         default_backend: config.default_backend.clone(),
         clock: Arc::clone(&clock),
         ids: Arc::clone(&ids),
-        limits: config.run_limits(),
+        limits: Limits::from(&config.limits),
         options: Options::default(),
         meter: Arc::clone(&metrics) as _,
     };
@@ -212,7 +213,7 @@ async fn open_backends(
                     data_dir: data_dir.to_owned(),
                     instance: instance.to_owned(),
                     clock: Arc::clone(clock),
-                    staging: config.inputs.staging_limits(),
+                    staging: Default::default(),
                 };
                 let name = local.name.to_string();
                 let opened = LocalBackend::open(parts).await;

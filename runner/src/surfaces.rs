@@ -6,6 +6,7 @@ use runner_artifacts::blob::BlobSigner;
 use runner_core::{
     artifact::ArtifactStore,
     clock::{Clock, IdGen},
+    limits::Limits,
     service::RunService,
     task::{self, TaskKind},
 };
@@ -81,7 +82,7 @@ impl Surfaces {
             clock: Arc::clone(&clock),
             ids,
             auth: Authenticator::unauthenticated(),
-            limits: Arc::new(config.run_limits()),
+            limits: Arc::new(Limits::from(&config.limits)),
             config: Arc::new(config.server.clone()),
             draining: draining.clone(),
         };

@@ -50,6 +50,52 @@ pub fn agent() -> Result<PathBuf, String> {
     program(folder(&BUILT, &["--bins", "--package", "runner-agent"]), "runner-agent")
 }
 
+/// The shim as it goes into containers: linked statically. `runner-agent-static` of `RUNNER_TEST_BINARIES` where that is set.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn static_agent() -> Result<PathBuf, String> {
+    static BUILT: Built = OnceLock::new();
+    let make = || {
+        if let Some(folder) = std::env::var_os("RUNNER_TEST_BINARIES") {
+            return Ok(PathBuf::from(folder).join("runner-agent-static"));
+        }
+        let own = std::env::current_exe().map_err(|error| format!("find this test's program: {error}"))?;
+        // target/PROFILE/deps/TEST-HASH, or target/PROFILE/PROGRAM
+        let folders =
+            own.ancestors().skip(if own.ancestors().any(|path| path.ends_with("deps")) { 3 } else { 2 });
+        let target = { folders }.next().ok_or("this test's program lies nowhere")?.join("static");
+        let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("the workspace lies nowhere")?;
+        let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .args([
+                "build",
+                "--quiet",
+                "--package",
+                "runner-agent",
+                "--bin",
+                "runner-agent",
+                "--no-default-features",
+            ])
+            .args(["--target", &triple, "--target-dir"])
+            .arg(&target)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols -C opt-level=s")
+            .current_dir(workspace)
+            .output()
+            .map_err(|error| format!("start cargo: {error}"))?;
+        if output.status.success() {
+            Ok(target.join(triple).join("debug/runner-agent"))
+        } else {
+            Err(format!("build the static agent: {}", String::from_utf8_lossy(&output.stderr)))
+        }
+    };
+    program_at(BUILT.get_or_init(make).clone()?)
+}
+
+fn program_at(path: PathBuf) -> Result<PathBuf, String> {
+    if path.is_file() { Ok(path) } else { Err(format!("there is no {}", path.display())) }
+}
+
 /// The service. The shim lies beside it.
 ///
 /// # Errors

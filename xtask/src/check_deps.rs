@@ -10,11 +10,10 @@ use crate::process;
 /// What each of our crates may depend on, of ours. Development dependencies are free: tests look at everything.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("runner-proto", &[]),
-    ("runner-glob", &[]),
-    ("runner-core", &["runner-glob"]),
+    ("runner-core", &[]),
     ("runner-store", &["runner-core"]),
     ("runner-artifacts", &["runner-core"]),
-    ("runner-agent", &["runner-core", "runner-glob", "runner-proto"]),
+    ("runner-agent", &["runner-core", "runner-proto"]),
     ("backend-local", &["runner-core", "runner-agent"]),
     ("backend-dind", &["runner-core", "runner-agent"]),
     (
@@ -30,7 +29,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("worker-client", &["runner-proto"]),
-    ("runnerctl", &["runner-glob", "worker-client"]),
+    ("runnerctl", &["worker-client"]),
     (
         "runner-tests",
         &[

@@ -1,5 +1,6 @@
 //! The project's own commands. `cargo xtask` without a command lists them.
 
+mod agent;
 mod bench;
 mod check_deps;
 mod demo;
@@ -18,6 +19,8 @@ cargo xtask COMMAND
   test [FILTER] set up what the tests need, then format, clippy, dependency directions, all tests (FILTER: only tests
                 whose name contains it, and nothing else)
   bench [ROW…]  measure the rows of docs/benchmarks.md and print one table of ratios
+  agent [--release]
+                build the shim as the Docker backend puts it into containers: linked statically
   check-deps    check that the crates depend on one another in the directions that docs/ARCHITECTURE.md allows
 ";
 
@@ -31,6 +34,8 @@ fn main() -> ExitCode {
         ("demo", []) => demo::run(),
         ("test", rest) => test::run(rest),
         ("bench", rest) => bench::run(rest),
+        ("agent", []) => agent::run(false),
+        ("agent", [flag]) if flag == "--release" => agent::run(true),
         ("check-deps", []) => check_deps::run(),
         _ => {
             process::say(USAGE);

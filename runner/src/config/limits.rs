@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use runner_core::{
-    https::HttpsPolicy,
-    limits::{Bound, Limits},
-};
+use runner_core::limits::{Bound, Limits};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -130,8 +127,6 @@ impl From<Limits> for LimitsConfig {
             inline_input_bytes,
             inline_total_bytes,
             labels,
-            // A part of its own: `inputs.https`.
-            https: _,
         } = limits;
         let span = |bound| BoundConfig::from_domain(bound, Span);
         let bytes = |bound| BoundConfig::from_domain(bound, ByteSize);
@@ -195,7 +190,6 @@ impl From<&LimitsConfig> for Limits {
             inline_input_bytes: count(config.inline_input_bytes),
             inline_total_bytes: count(config.inline_total_bytes),
             labels: config.labels,
-            https: HttpsPolicy::default(),
         }
     }
 }

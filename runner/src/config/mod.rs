@@ -4,7 +4,6 @@
 //! `RUNNER_LIMITS__LOG_BYTES`. Durations are texts such as `30s`, sizes are integers or texts such as `4GiB`. A list as a
 //! variable is written as in the file: `RUNNER_BACKENDS='[{ kind = "local", name = "local" }]'`.
 
-pub mod inputs;
 pub mod layers;
 pub mod limits;
 pub mod value;
@@ -16,13 +15,12 @@ use std::{
 };
 
 use backend_local::LocalConfig;
-use runner_core::{id::BackendName, limits::Limits};
+use runner_core::id::BackendName;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::layers::{ConfigError, Layers, Loaded, Problem, Source};
 use self::{
-    inputs::InputsConfig,
     limits::LimitsConfig,
     value::{ByteSize, Span},
 };
@@ -61,8 +59,6 @@ pub struct Config {
     pub shutdown: ShutdownConfig,
     /// Limits of runs.
     pub limits: LimitsConfig,
-    /// What may become an input of a run.
-    pub inputs: InputsConfig,
 }
 
 /// What a service is for.
@@ -200,7 +196,6 @@ impl Default for Config {
             },
             shutdown: ShutdownConfig { drain: Span::secs(10) },
             limits: LimitsConfig::default(),
-            inputs: InputsConfig::default(),
         }
     }
 }
@@ -215,11 +210,6 @@ impl Config {
                 std::env::var_os("HOME").map(PathBuf::from),
             )
         })
-    }
-
-    /// What a spec may ask for.
-    pub fn run_limits(&self) -> Limits {
-        Limits { https: self.inputs.https_policy(), ..Limits::from(&self.limits) }
     }
 
     /// What does not fit together: (key, what is wrong). Everything at once.
@@ -290,9 +280,6 @@ impl Config {
         }
         for (key, message) in self.limits.faults() {
             add(&format!("limits.{key}"), message);
-        }
-        for (key, message) in self.inputs.faults() {
-            add(&format!("inputs.{key}"), message);
         }
         faults
     }

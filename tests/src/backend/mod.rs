@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod cases;
+pub mod dind;
 pub mod fake;
 pub mod local;
 pub mod observed;
