@@ -35,7 +35,7 @@ pub(crate) fn capabilities(config: &DindConfig) -> Capabilities {
         terminal: true,
         stdin: true,
         secrets: false,
-        extract: false,
+        extract: true,
         image_command: true,
         images: None,
     }
@@ -116,8 +116,13 @@ mod tests {
             RunSpec { inputs: vec![input("/etc/app.conf")], read_only_root: true, ..RunSpec::default() };
         spec.resources.memory_bytes = Some(1024);
         spec.resources.cpu_millis = Some(1);
-        spec.outputs =
-            vec![Output { path: "/.runner/run".into(), destination: None, required: false, max_bytes: None }];
+        spec.outputs = vec![Output {
+            path: "/.runner/run".into(),
+            glob: false,
+            destination: None,
+            required: false,
+            max_bytes: None,
+        }];
         assert_eq!(
             fields(&config, &spec),
             [

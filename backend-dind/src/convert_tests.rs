@@ -66,7 +66,7 @@ fn input(path: &str) -> Input {
 }
 
 fn output(path: &str) -> Output {
-    Output { path: path.to_owned(), destination: None, required: false, max_bytes: None }
+    Output { path: path.to_owned(), glob: false, destination: None, required: false, max_bytes: None }
 }
 
 /// Every field that is set: what is not in this list is not set, whatever a later version of the model has.

@@ -82,7 +82,7 @@ impl Machine {
             terminal: true,
             stdin: true,
             secrets: false,
-            extract: false,
+            extract: true,
             image_command: false,
             images: Some(images),
         }

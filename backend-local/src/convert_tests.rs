@@ -105,6 +105,7 @@ fn every_field_of_a_full_spec_is_passed_on() {
         working_dir: Some("/outputs".into()),
         outputs: vec![Output {
             path: "/work/out/x".into(),
+            glob: false,
             destination: None,
             required: true,
             max_bytes: None,

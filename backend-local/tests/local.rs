@@ -162,6 +162,7 @@ async fn a_killed_shim_is_lost_with_evidence_and_takes_its_whole_tree_with_it() 
     let spec = RunSpec {
         outputs: vec![Output {
             path: "/outputs/o".into(),
+            glob: false,
             destination: None,
             required: true,
             max_bytes: None,
@@ -196,6 +197,7 @@ async fn outputs_are_published_again_after_the_store_failed() {
     let spec = RunSpec {
         outputs: vec![Output {
             path: "/outputs/o".into(),
+            glob: false,
             destination: None,
             required: true,
             max_bytes: None,

@@ -4,12 +4,13 @@ mod staging_kit;
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 
+use bytes::Bytes;
 use runner_agent::staging::{MountPlan, StagedInputs, StagingErrorKind, StagingLimits};
 use runner_core::{
     artifact::{ArtifactErrorKind, ArtifactStore as _, ManifestEntry},
     backend::{BackendError, BackendErrorKind},
     fake::artifact::ArtifactOp,
-    spec::{Archive, Input},
+    spec::{FoundOutput, Input, InputSource, RunOutput},
 };
 use staging_kit::*;
 
@@ -353,12 +354,6 @@ async fn links_in_the_staging_root_are_not_followed() {
 }
 
 #[tokio::test]
-async fn an_archive_is_refused_until_it_can_be_unpacked() {
-    let bench = Bench::new(vec![Input { extract: Some(Archive::Tar), ..inline("/inputs/a", b"x") }], vec![]);
-    assert_eq!(bench.stage().await.unwrap_err().kind, StagingErrorKind::Unsupported);
-}
-
-#[tokio::test]
 async fn ten_thousand_small_files_arrive() {
     let bench = Bench::new(vec![artifact("/inputs/t", "uploads/t/tree/")], vec![]);
     let names: Vec<(String, String)> =
@@ -425,4 +420,77 @@ async fn files_and_directories_are_given_to_the_workload_s_user() {
     }
     assert_eq!(mode(&bench.at("in/0/d/e/secret")), 0o600);
     assert_ne!(owner(&bench.at("in")), (12345, 23456), "what holds the mounts stays ours");
+}
+
+/// Stores what a run wrote, and its manifest.
+async fn put_run(bench: &Bench) {
+    let mut entries = vec![];
+    for (output, base, path, bytes) in [
+        ("/outputs/d", "", "x/y", &b"deep"[..]),
+        ("/outputs/report.txt", "", "", b"report"),
+        ("/logs/**", "/logs", "a/b.log", b"log"),
+    ] {
+        let at = format!("{PREFIX}/{output}/{path}").replace("//", "/").replace("**", "g");
+        let at = at.trim_end_matches('/');
+        bench.store.put_bytes(&key(at), Bytes::copy_from_slice(bytes)).await.unwrap();
+        entries.push(ManifestEntry {
+            output: output.to_owned(),
+            base: base.to_owned(),
+            mode: 0o750,
+            ..file_entry(path, bytes, at)
+        });
+    }
+    entries.push(ManifestEntry { output: "/outputs/d".to_owned(), ..directory_entry("", 0o700) });
+    entries.push(ManifestEntry { output: "/outputs/d".to_owned(), ..directory_entry("empty", 0o700) });
+    seal(&bench.store, PREFIX, entries).await;
+}
+
+fn run_output(path: &str, output: Option<&str>, directory: bool) -> Input {
+    let source = InputSource::Run(RunOutput {
+        run: "018f0000-0000-7000-8000-000000000001".parse().unwrap(),
+        path: output.map(str::to_owned),
+        found: Some(FoundOutput { prefix: key(PREFIX), directory }),
+    });
+    Input { source, ..inline(path, b"") }
+}
+
+#[tokio::test]
+async fn another_run_s_outputs_lie_at_the_input_s_place() {
+    let bench = Bench::new(
+        vec![
+            run_output("/inputs/file", Some("/outputs/report.txt"), false),
+            run_output("/inputs/dir", Some("/outputs/d"), true),
+            run_output("/inputs/outputs", Some("/outputs"), true),
+            run_output("/inputs/deep", Some("/outputs/d/x/y"), false),
+            run_output("/inputs/all", None, true),
+            run_output("/inputs/log", Some("/logs/a"), true),
+        ],
+        vec![],
+    );
+    put_run(&bench).await;
+    bench.stage().await.unwrap();
+    for (path, text) in [
+        ("file", "report"),
+        ("dir/x/y", "deep"),
+        ("outputs/report.txt", "report"),
+        ("outputs/d/x/y", "deep"),
+        ("deep", "deep"),
+        ("all/logs/a/b.log", "log"),
+        ("all/outputs/report.txt", "report"),
+        ("log/b.log", "log"),
+    ] {
+        assert_eq!(fs::read_to_string(bench.at(&format!("in/0/{path}"))).unwrap(), text, "{path}");
+    }
+    assert!(bench.at("in/0/dir/empty").is_dir());
+    assert_eq!(mode(&bench.at("in/0/file")), 0o750);
+    assert!(!bench.at("in/0/dir/outputs").exists());
+}
+
+#[tokio::test]
+async fn another_run_s_output_that_is_gone_by_now_fails_as_its_input() {
+    let bench = Bench::new(vec![run_output("/inputs/x", Some("/outputs/nothing"), false)], vec![]);
+    let gone = bench.stage().await.unwrap_err();
+    assert_eq!((gone.kind, gone.field.as_str()), (StagingErrorKind::NotFound, "spec.inputs[0]"));
+    put_run(&bench).await;
+    assert_eq!(bench.stage().await.unwrap_err().kind, StagingErrorKind::NotFound);
 }

@@ -182,7 +182,11 @@ pub struct ManifestEntry {
     /// The declared output that it belongs to; empty in an uploaded tree.
     #[serde(default)]
     pub output: String,
-    /// Relative to the output or the tree; empty where the output is one file. Bytes that are not UTF-8, and `%` then,
+    /// Where the output is a glob, the directory that `path` is relative to: the pattern's names before its first
+    /// wildcard. Empty otherwise.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub base: String,
+    /// Relative to the output, the base or the tree; empty where the output is one file. Bytes that are not UTF-8, and `%` then,
     /// are written as `%XX`, and `path_encoded` is true.
     pub path: String,
     /// See `path`.
@@ -199,6 +203,41 @@ pub struct ManifestEntry {
     pub mode: u32,
     /// Where its bytes are. `None` for a directory.
     pub key: Option<ArtifactKey>,
+}
+
+impl ManifestEntry {
+    /// `path` as the bytes that it had in the file system. `None` where it is not properly encoded.
+    pub fn path_bytes(&self) -> Option<Vec<u8>> {
+        if !self.path_encoded {
+            return Some(self.path.clone().into_bytes());
+        }
+        let mut out = Vec::with_capacity(self.path.len());
+        let mut bytes = self.path.bytes();
+        while let Some(byte) = bytes.next() {
+            if byte == b'%' {
+                let digits = [bytes.next()?, bytes.next()?];
+                let mut decoded = [0u8];
+                hex::decode_to_slice(digits, &mut decoded).ok()?;
+                out.push(decoded[0]);
+            } else {
+                out.push(byte);
+            }
+        }
+        Some(out)
+    }
+
+    /// Where it lay in its run, or lies in its tree, without the slash in front: `outputs/report.txt`. `None` where it is
+    /// not properly encoded.
+    pub fn place(&self) -> Option<Vec<u8>> {
+        let top = if self.base.is_empty() { &self.output } else { &self.base };
+        let mut place = top.trim_start_matches('/').as_bytes().to_vec();
+        let below = self.path_bytes()?;
+        if !place.is_empty() && !below.is_empty() {
+            place.push(b'/');
+        }
+        place.extend_from_slice(&below);
+        Some(place)
+    }
 }
 
 /// What an entry is. Nothing else is ever staged.

@@ -11,6 +11,7 @@ pub mod clock;
 pub mod crash;
 #[cfg(feature = "test-util")]
 pub mod fake;
+pub mod https;
 pub mod id;
 pub mod limits;
 pub mod log;

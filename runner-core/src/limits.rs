@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{capability::Capabilities, spec::RunSpec};
+use crate::{capability::Capabilities, https::HttpsPolicy, spec::RunSpec};
 
 /// A limit's default and its ceiling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +46,8 @@ pub struct Limits {
     /// All inline inputs of a spec together.
     pub inline_total_bytes: usize,
     pub labels: usize,
+    /// Inputs by `https`.
+    pub https: HttpsPolicy,
 }
 
 const MIB: u64 = 1024 * 1024;
@@ -84,6 +86,7 @@ impl Default for Limits {
             inline_input_bytes: 256 * 1024,
             inline_total_bytes: 1024 * 1024,
             labels: 64,
+            https: HttpsPolicy::default(),
         }
     }
 }

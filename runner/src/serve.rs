@@ -19,7 +19,6 @@ use runner_core::{
     artifact::{ArtifactError, ArtifactStore},
     backend::Backend,
     clock::{self, Clock, IdGen},
-    limits::Limits,
     service::{Options, Parts, RunService, ServiceError},
 };
 use runner_store::{DataDirLock, LockError, SqliteOptions, SqliteStore};
@@ -161,7 +160,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         default_backend: config.default_backend.clone(),
         clock: Arc::clone(&clock),
         ids: Arc::clone(&ids),
-        limits: Limits::from(&config.limits),
+        limits: config.run_limits(),
         options: Options::default(),
         meter: Arc::clone(&metrics) as _,
     };
@@ -213,7 +212,7 @@ async fn open_backends(
                     data_dir: data_dir.to_owned(),
                     instance: instance.to_owned(),
                     clock: Arc::clone(clock),
-                    staging: Default::default(),
+                    staging: config.inputs.staging_limits(),
                 };
                 let name = local.name.to_string();
                 let opened = LocalBackend::open(parts).await;

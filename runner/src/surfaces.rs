@@ -6,7 +6,6 @@ use runner_artifacts::blob::BlobSigner;
 use runner_core::{
     artifact::ArtifactStore,
     clock::{Clock, IdGen},
-    limits::Limits,
     service::RunService,
     task::{self, TaskKind},
 };
@@ -82,7 +81,7 @@ impl Surfaces {
             clock: Arc::clone(&clock),
             ids,
             auth: Authenticator::unauthenticated(),
-            limits: Arc::new(Limits::from(&config.limits)),
+            limits: Arc::new(config.run_limits()),
             config: Arc::new(config.server.clone()),
             draining: draining.clone(),
         };

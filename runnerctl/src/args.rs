@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use worker_client::proto::RunState;
 
-use crate::value::{self, DetachKeys, EnvVar, Format, InputArg, KeyValue, NetworkArg, OutputArg};
+use crate::value::{self, DetachKeys, EnvVar, ExtractArg, Format, InputArg, KeyValue, NetworkArg, OutputArg};
 
 /// Runs workloads, follows them, and takes their results.
 #[derive(Debug, Parser)]
@@ -78,10 +78,13 @@ pub(crate) struct RunArgs {
     /// Does not wait: writes the run's id and ends.
     #[arg(long, short = 'd', conflicts_with_all = ["tty", "stdin"])]
     pub(crate) detach: bool,
-    /// Uploads a local file or directory, which lies at PATH when the program starts. LOCAL may be `artifact:KEY`.
-    /// May be repeated.
+    /// Uploads a local file or directory, which lies at PATH when the program starts. LOCAL may be `artifact:KEY`,
+    /// `run:RUN/PATH` (what another run stored), or `https://HOST/FILE#sha256=HEX`. May be repeated.
     #[arg(long, value_name = "LOCAL:PATH")]
     pub(crate) input: Vec<InputArg>,
+    /// Like --input, for an archive (.tar, .tar.gz, .tar.zst, .zip) that is unpacked at PATH. May be repeated.
+    #[arg(long, value_name = "ARCHIVE:PATH")]
+    pub(crate) extract: Vec<ExtractArg>,
     /// Leaves symbolic links and other special files out of uploaded directories, instead of refusing them.
     #[arg(long)]
     pub(crate) skip_special: bool,

@@ -2,6 +2,8 @@
 
 use std::{env, path::PathBuf, str::FromStr, time::Duration};
 
+use worker_client::proto::Archive;
+
 /// How results are shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Format {
@@ -67,8 +69,10 @@ impl FromStr for KeyValue {
 pub(crate) enum InputFrom {
     /// A local file or directory.
     Local(PathBuf),
-    /// An artifact that is there already: `artifact:KEY`.
-    Artifact(String),
+    /// What is there already: `artifact:KEY`, or another run's output, `run:RUN/PATH`.
+    Stored(String),
+    /// A file of a host that the service allows.
+    Https { url: String, sha256: String },
 }
 
 /// `LOCAL:PATH`: what lies at PATH in the run comes from LOCAL.
@@ -88,12 +92,49 @@ impl FromStr for InputArg {
             "must have the form LOCAL:PATH with an absolute PATH, for example data.csv:/inputs/data.csv",
         )?;
         let (local, path) = (&s[..at], &s[at + 1..]);
-        let from = if local.starts_with("artifact:") {
-            InputFrom::Artifact(local.to_owned())
+        let from = if local.starts_with("artifact:") || local.starts_with("run:") {
+            InputFrom::Stored(local.to_owned())
+        } else if local.starts_with("https://") {
+            let (url, sha256) = local.split_once("#sha256=").ok_or(
+                "a URL names its SHA-256, for example https://example.org/a.csv#sha256=9f86…:/inputs/a.csv",
+            )?;
+            InputFrom::Https { url: url.to_owned(), sha256: sha256.to_owned() }
         } else {
             InputFrom::Local(PathBuf::from(local))
         };
         Ok(Self { from, path: path.to_owned() })
+    }
+}
+
+/// `ARCHIVE:PATH`: the archive is unpacked at PATH. Its name says its format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ExtractArg {
+    pub(crate) input: InputArg,
+    pub(crate) format: Archive,
+}
+
+impl FromStr for ExtractArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let input: InputArg = s.parse()?;
+        let name = match &input.from {
+            InputFrom::Local(local) => local.to_string_lossy().into_owned(),
+            InputFrom::Stored(uri) => uri.clone(),
+            InputFrom::Https { url, .. } => url.split('?').next().unwrap_or_default().to_owned(),
+        };
+        let format = [
+            (".tar", Archive::Tar),
+            (".tar.gz", Archive::TarGz),
+            (".tgz", Archive::TarGz),
+            (".tar.zst", Archive::TarZst),
+            (".tzst", Archive::TarZst),
+            (".zip", Archive::Zip),
+        ]
+        .into_iter()
+        .find_map(|(suffix, format)| name.to_ascii_lowercase().ends_with(suffix).then_some(format))
+        .ok_or("an archive's name ends with .tar, .tar.gz, .tgz, .tar.zst, .tzst or .zip")?;
+        Ok(Self { input, format })
     }
 }
 
@@ -102,8 +143,8 @@ impl FromStr for InputArg {
 pub(crate) enum OutputArg {
     /// `table` or `json`.
     Format(Format),
-    /// What the program writes to `path` is downloaded to `local`.
-    Declared { path: String, local: PathBuf },
+    /// What the program writes to `path`, or what matches it, is downloaded to `local`.
+    Declared { path: String, glob: bool, local: PathBuf },
 }
 
 impl FromStr for OutputArg {
@@ -117,7 +158,9 @@ impl FromStr for OutputArg {
         }
         match s.split_once(':') {
             Some((path, local)) if path.starts_with('/') && !local.is_empty() => {
-                Ok(Self::Declared { path: path.to_owned(), local: PathBuf::from(local) })
+                let glob = runner_glob::has_wildcard(path);
+                let path = if glob { path.to_owned() } else { runner_glob::unescape(path) };
+                Ok(Self::Declared { path, glob, local: PathBuf::from(local) })
             }
             _ => Err("must be PATH:LOCAL with an absolute PATH, for example /outputs/report:report.txt; \
                       or `table` or `json`"
@@ -265,17 +308,41 @@ mod tests {
         let arg: InputArg = "a:b/c.csv:/inputs/c".parse().expect("valid");
         assert_eq!(arg, InputArg { from: InputFrom::Local("a:b/c.csv".into()), path: "/inputs/c".into() });
         let arg: InputArg = "artifact:uploads/t/1/x:/inputs/x".parse().expect("valid");
-        assert_eq!(arg.from, InputFrom::Artifact("artifact:uploads/t/1/x".into()));
+        assert_eq!(arg.from, InputFrom::Stored("artifact:uploads/t/1/x".into()));
+        let arg: InputArg =
+            "run:018f0000-0000-7000-8000-000000000001/outputs/a:/inputs/x".parse().expect("valid");
+        assert_eq!(arg.from, InputFrom::Stored("run:018f0000-0000-7000-8000-000000000001/outputs/a".into()));
+        let arg: InputArg = "https://a.example:8443/x#sha256=00:/inputs/x".parse().expect("valid");
+        let url = "https://a.example:8443/x".to_owned();
+        assert_eq!(arg.from, InputFrom::Https { url, sha256: "00".into() });
+        assert!("https://a.example/x:/inputs/x".parse::<InputArg>().is_err(), "without a SHA-256");
         for text in ["a", "a:b", ":/x", "/inputs/x"] {
             assert!(text.parse::<InputArg>().is_err(), "{text}");
         }
     }
 
     #[test]
+    fn an_archive_s_name_says_its_format() {
+        for (text, format) in [
+            ("a.tar:/inputs/x", Archive::Tar),
+            ("a.TAR.GZ:/inputs/x", Archive::TarGz),
+            ("artifact:uploads/t/1/a.tgz:/inputs/x", Archive::TarGz),
+            ("https://a.example/a.tar.zst?q=1#sha256=00:/inputs/x", Archive::TarZst),
+            ("a.zip:/inputs/x", Archive::Zip),
+        ] {
+            assert_eq!(text.parse::<ExtractArg>().map(|arg| arg.format), Ok(format), "{text}");
+        }
+        assert!("a.rar:/inputs/x".parse::<ExtractArg>().is_err());
+    }
+
+    #[test]
     fn an_output_is_a_declaration_or_a_format() {
         assert_eq!("json".parse(), Ok(OutputArg::Format(Format::Json)));
-        let declared = OutputArg::Declared { path: "/outputs/a".into(), local: "b:c".into() };
-        assert_eq!("/outputs/a:b:c".parse(), Ok(declared));
+        let declared =
+            |path: &str, glob| OutputArg::Declared { path: path.into(), glob, local: "b:c".into() };
+        assert_eq!("/outputs/a:b:c".parse(), Ok(declared("/outputs/a", false)));
+        assert_eq!("/outputs/**/*.txt:b:c".parse(), Ok(declared("/outputs/**/*.txt", true)));
+        assert_eq!("/outputs/\\*:b:c".parse(), Ok(declared("/outputs/*", false)));
         for text in ["yaml", "outputs/a:b", "/outputs/a", "/outputs/a:"] {
             assert!(text.parse::<OutputArg>().is_err(), "{text}");
         }

@@ -13,8 +13,9 @@ use crate::error::ClientError;
 /// [`ErrorKind::UnsafePath`](crate::ErrorKind::UnsafePath) where a name is empty, `.`, `..`, holds a `/` or NUL, or where
 /// a path within an output is absolute.
 pub fn manifest_path(entry: &proto::ManifestEntry) -> Result<Vec<OsString>, ClientError> {
-    // A declared output is absolute; only its names count.
-    let output = entry.output.strip_prefix('/').unwrap_or(&entry.output);
+    // What a glob matched lies below its base. A declared output is absolute; only its names count.
+    let output = if entry.base.is_empty() { &entry.output } else { &entry.base };
+    let output = output.strip_prefix('/').unwrap_or(output);
     let mut names = Vec::new();
     if !output.is_empty() {
         split(output, false, &mut names)?;
@@ -58,6 +59,15 @@ fn split(path: &str, encoded: bool, names: &mut Vec<OsString>) -> Result<(), Cli
 mod tests {
     use super::*;
     use crate::ErrorKind;
+
+    #[test]
+    fn what_a_glob_matched_lies_below_its_base() {
+        let glob = proto::ManifestEntry {
+            base: "/outputs/logs".into(),
+            ..entry("/outputs/logs/**/*.log", "a/b.log", false)
+        };
+        assert_eq!(manifest_path(&glob).expect("valid"), ["outputs", "logs", "a", "b.log"]);
+    }
 
     fn entry(output: &str, path: &str, path_encoded: bool) -> proto::ManifestEntry {
         let (output, path) = (output.to_owned(), path.to_owned());

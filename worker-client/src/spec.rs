@@ -97,6 +97,47 @@ impl RunSpec {
         })
     }
 
+    /// What another run stored: the file or directory that lay at `output` in the run `run_id`, which must have succeeded.
+    /// An empty `output` means all of them, each at its own path below `path`.
+    pub fn input_from_run(
+        self,
+        path: impl Into<String>,
+        run_id: impl std::fmt::Display,
+        output: impl std::fmt::Display,
+    ) -> Self {
+        self.input(path, format!("run:{run_id}{output}"))
+    }
+
+    /// A file of an allowed host. `sha256` is in lower-case hex.
+    pub fn input_https(
+        self,
+        path: impl Into<String>,
+        url: impl Into<String>,
+        sha256: impl Into<String>,
+    ) -> Self {
+        self.input_spec(proto::Input {
+            path: path.into(),
+            source: Some(proto::input::Source::Uri(url.into())),
+            sha256: sha256.into(),
+            ..proto::Input::default()
+        })
+    }
+
+    /// An archive that is unpacked at `path`, which becomes a directory, before the program starts.
+    pub fn input_archive(
+        self,
+        path: impl Into<String>,
+        uri: impl Into<String>,
+        format: proto::Archive,
+    ) -> Self {
+        self.input_spec(proto::Input {
+            path: path.into(),
+            source: Some(proto::input::Source::Uri(uri.into())),
+            extract: format.into(),
+            ..proto::Input::default()
+        })
+    }
+
     /// Small contents that lie at `path` before the program starts.
     pub fn input_bytes(self, path: impl Into<String>, contents: impl Into<Bytes>) -> Self {
         self.input_spec(proto::Input {
@@ -112,7 +153,7 @@ impl RunSpec {
         self
     }
 
-    /// A file, directory or glob that is stored when the program has ended. A run that succeeds has it.
+    /// A file or directory that is stored when the program has ended. A run that succeeds has it.
     pub fn output(self, path: impl Into<String>) -> Self {
         self.output_spec(proto::Output { path: path.into(), required: true, ..proto::Output::default() })
     }
@@ -120,6 +161,22 @@ impl RunSpec {
     /// Like [`RunSpec::output`], but its absence is not a failure.
     pub fn optional_output(self, path: impl Into<String>) -> Self {
         self.output_spec(proto::Output { path: path.into(), ..proto::Output::default() })
+    }
+
+    /// What a pattern matches when the program has ended; see `Output.glob` of the contract. A run that succeeds has at
+    /// least one match.
+    pub fn output_glob(self, pattern: impl Into<String>) -> Self {
+        self.output_spec(proto::Output {
+            path: pattern.into(),
+            glob: true,
+            required: true,
+            ..proto::Output::default()
+        })
+    }
+
+    /// Like [`RunSpec::output_glob`], but no match is not a failure.
+    pub fn optional_output_glob(self, pattern: impl Into<String>) -> Self {
+        self.output_spec(proto::Output { path: pattern.into(), glob: true, ..proto::Output::default() })
     }
 
     /// An output with every field in the caller's hand.

@@ -10,10 +10,11 @@ use crate::process;
 /// What each of our crates may depend on, of ours. Development dependencies are free: tests look at everything.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("runner-proto", &[]),
-    ("runner-core", &[]),
+    ("runner-glob", &[]),
+    ("runner-core", &["runner-glob"]),
     ("runner-store", &["runner-core"]),
     ("runner-artifacts", &["runner-core"]),
-    ("runner-agent", &["runner-core", "runner-proto"]),
+    ("runner-agent", &["runner-core", "runner-glob", "runner-proto"]),
     ("backend-local", &["runner-core", "runner-agent"]),
     ("backend-dind", &["runner-core", "runner-agent"]),
     (
@@ -29,7 +30,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("worker-client", &["runner-proto"]),
-    ("runnerctl", &["worker-client"]),
+    ("runnerctl", &["runner-glob", "worker-client"]),
     (
         "runner-tests",
         &[

@@ -1,11 +1,8 @@
 //! Names of entries: bytes on a file system, text in a manifest and in a key.
 
-use std::{
-    ffi::{OsStr, OsString},
-    os::unix::ffi::{OsStrExt as _, OsStringExt as _},
-};
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt as _};
 
-use runner_core::artifact::{ArtifactKey, ManifestEntry};
+use runner_core::artifact::ArtifactKey;
 use sha2::{Digest as _, Sha256};
 
 /// A path as a manifest has it, and whether it is encoded. Text stays as it is; where any byte is not UTF-8, such bytes and
@@ -38,26 +35,6 @@ pub(super) fn key(prefix: &ArtifactKey, path: &OsStr) -> Option<ArtifactKey> {
     }
 }
 
-/// An entry's path as bytes. `None` where it is not properly encoded.
-pub(super) fn decode(entry: &ManifestEntry) -> Option<OsString> {
-    if !entry.path_encoded {
-        return Some(entry.path.clone().into());
-    }
-    let mut out = Vec::with_capacity(entry.path.len());
-    let mut bytes = entry.path.bytes();
-    while let Some(byte) = bytes.next() {
-        if byte == b'%' {
-            let digits = [bytes.next()?, bytes.next()?];
-            let mut decoded = [0u8];
-            hex::decode_to_slice(digits, &mut decoded).ok()?;
-            out.push(decoded[0]);
-        } else {
-            out.push(byte);
-        }
-    }
-    Some(OsString::from_vec(out))
-}
-
 fn encode(bytes: &[u8], also: impl Fn(char) -> bool) -> String {
     fn push(out: &mut String, bytes: &[u8]) {
         for byte in bytes {
@@ -80,8 +57,10 @@ fn encode(bytes: &[u8], also: impl Fn(char) -> bool) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{ffi::OsString, os::unix::ffi::OsStringExt as _};
+
     use proptest::prelude::*;
-    use runner_core::artifact::EntryKind;
+    use runner_core::artifact::{EntryKind, ManifestEntry};
 
     use super::*;
 
@@ -89,6 +68,7 @@ mod tests {
         let (path, path_encoded) = manifest_path(path);
         ManifestEntry {
             output: String::new(),
+            base: String::new(),
             path,
             path_encoded,
             kind: EntryKind::File,
@@ -111,7 +91,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_path_reads_back_what_it_was(path in name()) {
-            prop_assert_eq!(decode(&entry(&path)), Some(path));
+            prop_assert_eq!(entry(&path).path_bytes(), Some(path.into_vec()));
         }
 
         #[test]
@@ -134,7 +114,7 @@ mod tests {
     fn bad_encodings_are_refused() {
         for bad in ["%", "%1", "%zz", "a%4"] {
             let entry = ManifestEntry { path: bad.to_owned(), path_encoded: true, ..entry(OsStr::new("x")) };
-            assert_eq!(decode(&entry), None, "{bad}");
+            assert_eq!(entry.path_bytes(), None, "{bad}");
         }
     }
 }

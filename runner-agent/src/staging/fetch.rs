@@ -1,28 +1,25 @@
 //! Inputs: from the object store to where the workload finds them.
 
 use std::{
-    fs::File,
     io::{self, Read as _, Write as _},
-    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use runner_core::{
     artifact::ArtifactStore,
-    backend::{Direction, Progress, ProgressSink},
+    backend::{Direction, ProgressSink},
     spec::{RunSpec, User},
 };
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use super::{
     MountKind, MountPlan, Root, StagingError, StagingErrorKind, StagingLimits,
     error::About,
-    root::set_owner_and_mode,
-    tree::{self, Source, StagedFile, Worklist},
+    transfer::{Counter, stage_file},
+    tree::{self, Worklist},
+    unpack::unpack_all,
 };
 
 /// What [`stage_inputs`] is to do.
@@ -75,16 +72,20 @@ pub async fn stage_inputs(job: InputStaging<'_>) -> Result<StagedInputs, Staging
         return Ok(done);
     }
     let list = tree::resolve(job.spec, job.plan, job.artifacts, job.limits).await?;
-    let Worklist { directories, files, bytes: total } = list;
+    let Worklist { mut directories, files, bytes: total, archives } = list;
 
     let (root, plan, owner) = (job.root.clone(), job.plan.clone(), job.owner);
     let made: Vec<PathBuf> = directories.keys().cloned().collect();
-    let parents: Vec<(usize, PathBuf)> = files.iter().map(|file| (file.input, file.at.clone())).collect();
+    let parents: Vec<(usize, PathBuf)> = files
+        .iter()
+        .filter(|file| !file.at.starts_with(PARTIAL))
+        .map(|file| (file.input, file.at.clone()))
+        .collect();
     blocking_with(&about, move || prepare(&root, &plan, &made, &parents, owner)).await?;
 
     let counter = Counter {
         sink: job.progress,
-        total,
+        total: AtomicU64::new(total),
         files_total: files.len() as u64,
         bytes: AtomicU64::new(0),
         files: AtomicU64::new(0),
@@ -92,17 +93,33 @@ pub async fn stage_inputs(job: InputStaging<'_>) -> Result<StagedInputs, Staging
     // A call that was dropped may still have a write on its way; no later call shares a name with it.
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
-    let staged = StagedInputs { bytes: total, files: files.len() as u64 };
+    let known = (files.len() + directories.len()) as u64;
     counter.tell();
     let counter = &counter;
-    stream::iter(files.into_iter().enumerate())
+    let mut staged: StagedInputs = stream::iter(files.into_iter().enumerate())
         .map(|(number, file)| async move {
             let partial = Path::new(PARTIAL).join(format!("{call}-{number}"));
-            stage_file(&job, partial, file, counter).await
+            let is_archive = file.at.starts_with(PARTIAL);
+            let bytes = stage_file(&job, partial, file, counter).await?;
+            // Of an archive, what is in it counts.
+            Ok::<_, StagingError>(if is_archive { None } else { Some(bytes) })
         })
         .buffer_unordered(job.limits.parallel.max(1))
-        .try_collect::<()>()
+        .try_fold(StagedInputs::default(), |sum, bytes| async move {
+            Ok(StagedInputs {
+                bytes: sum.bytes + bytes.unwrap_or_default(),
+                files: sum.files + u64::from(bytes.is_some()),
+            })
+        })
         .await?;
+    let transferred = counter.bytes.load(Ordering::Relaxed);
+    let unpacked = unpack_all(&job, archives, transferred, known).await?;
+    staged.bytes += unpacked.bytes;
+    staged.files += unpacked.files;
+    // What an input says of a place comes before what an archive around it says.
+    for (directory, mode) in unpacked.directories {
+        directories.entry(directory).or_insert(mode);
+    }
 
     let (root, owner) = (job.root.clone(), job.owner);
     blocking(&about, "finish the staged inputs", move || {
@@ -117,11 +134,9 @@ pub async fn stage_inputs(job: InputStaging<'_>) -> Result<StagedInputs, Staging
     Ok(staged)
 }
 
-const PARTIAL: &str = ".staging";
+pub(super) const PARTIAL: &str = ".staging";
 const MARKER: &str = ".staged.json";
 const DIRECTORY_MODE: u32 = 0o755;
-/// A file of at most this size is hashed, written and put into place in one trip to a blocking thread.
-const SMALL: usize = 64 * 1024;
 
 /// Says that staging is complete, and since which start of the machine: files are not synced, so a record from before a
 /// loss of power proves nothing.
@@ -217,172 +232,6 @@ fn give(root: &Root, plan: &MountPlan, mut owned: Vec<PathBuf>, owner: Option<Us
     owned.iter().try_for_each(|directory| root.set_directory(directory, owner, DIRECTORY_MODE))
 }
 
-struct Counter<'a> {
-    sink: &'a dyn ProgressSink,
-    total: u64,
-    files_total: u64,
-    bytes: AtomicU64,
-    files: AtomicU64,
-}
-
-impl Counter<'_> {
-    fn tell(&self) {
-        self.sink.progress(Progress {
-            direction: Direction::Input,
-            bytes_done: self.bytes.load(Ordering::Relaxed),
-            bytes_total: self.total,
-            files_done: self.files.load(Ordering::Relaxed),
-            files_total: self.files_total,
-        });
-    }
-}
-
-async fn stage_file(
-    job: &InputStaging<'_>,
-    partial: PathBuf,
-    file: StagedFile,
-    counter: &Counter<'_>,
-) -> Result<(), StagingError> {
-    let about = About::input(file.input);
-    let (mut first, mut rest) = match &file.source {
-        Source::Inline(bytes) => (Some(bytes.clone()), None),
-        Source::Object(key) => {
-            let failed = |error| about.store(format!("read {key}"), error);
-            let (meta, mut bytes) = job.artifacts.get(key, 0..u64::MAX).await.map_err(failed)?;
-            if meta.size != file.size {
-                let what = format!("read {key}: it has {} bytes, not the {} promised", meta.size, file.size);
-                return Err(about.error(StagingErrorKind::Mismatch, what));
-            }
-            (bytes.try_next().await.map_err(failed)?, Some(bytes))
-        }
-    };
-    let mut sink = Sink::new(job.root.clone(), partial, file, job.owner);
-    loop {
-        let chunk = match first.take() {
-            Some(chunk) => Some(chunk),
-            None => match &mut rest {
-                Some(bytes) => bytes
-                    .try_next()
-                    .await
-                    .map_err(|error| about.store(format!("read {}", sink.what()), error))?,
-                None => None,
-            },
-        };
-        let Some(chunk) = chunk else { break };
-        let length = chunk.len() as u64;
-        if sink.done.saturating_add(length) > sink.file.size {
-            let what =
-                format!("read {}: it has more than the {} bytes promised", sink.what(), sink.file.size);
-            return Err(about.error(StagingErrorKind::Mismatch, what));
-        }
-        // A small file costs one trip to a blocking thread, at its end.
-        if sink.held.is_none() && sink.done == 0 && chunk.len() <= SMALL {
-            sink.hold(chunk);
-        } else {
-            sink = blocking(&about, format!("write {}", sink.what()), move || sink.write(chunk)).await?;
-        }
-        counter.bytes.fetch_add(length, Ordering::Relaxed);
-        counter.tell();
-    }
-    if sink.done != sink.file.size {
-        let what = format!("read {}: it ended after {} of {} bytes", sink.what(), sink.done, sink.file.size);
-        return Err(about.error(StagingErrorKind::Unavailable, what));
-    }
-    let seen = blocking(&about, format!("write {}", sink.what()), move || sink.finish()).await?;
-    if let Some((promised, found, what)) = seen {
-        let what = format!("read {what}: its SHA-256 is {found}, not {promised}");
-        return Err(about.error(StagingErrorKind::Mismatch, what));
-    }
-    counter.files.fetch_add(1, Ordering::Relaxed);
-    counter.tell();
-    Ok(())
-}
-
-/// A file on its way: written aside, hashed, and renamed to its place once it is whole and right.
-struct Sink {
-    root: Root,
-    partial: PathBuf,
-    file: StagedFile,
-    owner: Option<User>,
-    open: Option<File>,
-    hasher: Sha256,
-    /// Taken so far, held bytes included.
-    done: u64,
-    /// A first, small chunk that is not written yet.
-    held: Option<Bytes>,
-}
-
-impl Sink {
-    fn new(root: Root, partial: PathBuf, file: StagedFile, owner: Option<User>) -> Self {
-        Self { root, partial, file, owner, open: None, hasher: Sha256::new(), done: 0, held: None }
-    }
-
-    fn what(&self) -> String {
-        match &self.file.source {
-            Source::Inline(_) => "the inline bytes".to_owned(),
-            Source::Object(key) => key.to_string(),
-        }
-    }
-
-    fn hold(&mut self, chunk: Bytes) {
-        self.done += chunk.len() as u64;
-        self.held = Some(chunk);
-    }
-
-    fn write(mut self, chunk: Bytes) -> io::Result<Self> {
-        self.flush()?;
-        self.done += chunk.len() as u64;
-        self.append(&chunk)?;
-        Ok(self)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self.held.take() {
-            Some(held) => self.append(&held),
-            None => Ok(()),
-        }
-    }
-
-    fn append(&mut self, chunk: &[u8]) -> io::Result<()> {
-        self.hasher.update(chunk);
-        self.opened()?.write_all(chunk)
-    }
-
-    fn opened(&mut self) -> io::Result<&mut File> {
-        match self.open {
-            Some(ref mut file) => Ok(file),
-            None => Ok(self.open.insert(self.root.create_file(&self.partial, 0o600)?)),
-        }
-    }
-
-    /// Puts the file at its place. Answers (promised, found, what) where the digest is wrong; then it is not there.
-    fn finish(mut self) -> io::Result<Option<(String, String, String)>> {
-        self.flush()?;
-        self.opened()?;
-        let found = hex::encode(std::mem::take(&mut self.hasher).finalize());
-        if let Some(promised) = self.file.sha256.take()
-            && promised != found
-        {
-            return Ok(Some((promised, found, self.what())));
-        }
-        let (owner, mode) = (self.owner, self.file.mode);
-        set_owner_and_mode(self.opened()?.as_fd(), owner, mode)?;
-        self.open = None;
-        self.root.rename(&self.partial, &self.file.at)?;
-        Ok(None)
-    }
-}
-
-impl Drop for Sink {
-    /// Leaves no partial file where the transfer failed.
-    fn drop(&mut self) {
-        if self.open.take().is_some() {
-            // Best effort: the next staging clears the directory anyway.
-            let _ = self.root.remove_file(&self.partial);
-        }
-    }
-}
-
 /// Runs `work` on a thread that may block.
 pub(super) async fn blocking<T: Send + 'static>(
     about: &About,
@@ -393,7 +242,7 @@ pub(super) async fn blocking<T: Send + 'static>(
     blocking_with(about, move || work().map_err(|error| inner.local(context, error))).await
 }
 
-async fn blocking_with<T: Send + 'static>(
+pub(super) async fn blocking_with<T: Send + 'static>(
     about: &About,
     work: impl FnOnce() -> Result<T, StagingError> + Send + 'static,
 ) -> Result<T, StagingError> {

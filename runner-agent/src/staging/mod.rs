@@ -11,14 +11,20 @@
 //! [`MountPlan`] says which directories the workload sees and where they lie on the host, [`stage_inputs`] fills them, and
 //! [`publish_outputs`] stores what the workload wrote.
 
+pub mod archive;
 mod entry_name;
 mod error;
 mod fetch;
+mod https;
 mod output;
 mod plan;
 mod publish;
 mod root;
+mod select;
+mod source;
+mod transfer;
 mod tree;
+mod unpack;
 mod walk;
 
 pub use self::{
@@ -28,6 +34,8 @@ pub use self::{
     publish::{OutputPublishing, Published, publish_outputs, read_manifest},
     root::Root,
 };
+
+use runner_core::https::HttpsPolicy;
 
 /// Caps on what one attempt may stage. What passes one is refused with [`StagingErrorKind::LimitExceeded`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +54,10 @@ pub struct StagingLimits {
     pub manifest_bytes: u64,
     /// Files on their way at once. Each takes up to about 3 MiB of memory.
     pub parallel: usize,
+    /// How many times its own size, and 64 MiB, an archive may unpack to.
+    pub archive_ratio: u64,
+    /// Inputs by `https`.
+    pub https: HttpsPolicy,
 }
 
 impl Default for StagingLimits {
@@ -58,6 +70,8 @@ impl Default for StagingLimits {
             depth: 128,
             manifest_bytes: 512 << 20,
             parallel: 8,
+            archive_ratio: 200,
+            https: HttpsPolicy::default(),
         }
     }
 }

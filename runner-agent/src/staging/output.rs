@@ -31,6 +31,7 @@ use super::{
     error::About,
     fetch::blocking,
     publish::join,
+    select::Selection,
     walk::{Caps, Found, Kind, WalkError, kind, walk},
 };
 
@@ -63,6 +64,8 @@ pub(super) struct OneOutput<'a> {
     index: usize,
     output: &'a Output,
     about: About,
+    /// The base of a glob; else empty.
+    base: String,
     /// What its files' keys begin with.
     prefix: ArtifactKey,
     counter: &'a Counter<'a>,
@@ -93,6 +96,7 @@ impl<'a> OneOutput<'a> {
             index,
             output,
             about,
+            base: String::new(),
             prefix,
             counter,
             max_bytes: output.max_bytes.unwrap_or(job.limits.output_bytes),
@@ -104,12 +108,10 @@ impl<'a> OneOutput<'a> {
     }
 
     pub(super) async fn publish(&mut self) -> Result<(), StagingError> {
-        let place = &self.job.plan.outputs[self.index];
-        let (root, mount) = (self.job.root.clone(), self.job.plan.mounts[place.mount].host.clone());
-        let (relative, about) = (place.relative.clone(), self.about.clone());
-        let context = format!("open {}", self.output.path);
-        let opened = blocking(&about, context, move || open(&root, &mount, &relative)).await?;
-        match opened {
+        if self.output.glob {
+            return self.publish_glob().await;
+        }
+        match self.open().await? {
             Opened::Nothing if self.output.required && !self.job.partial => {
                 let what = format!("the program did not write {}, which is required", self.output.path);
                 Err(self.about.error(StagingErrorKind::Absent, what))
@@ -122,13 +124,7 @@ impl<'a> OneOutput<'a> {
                 );
                 Err(self.about.error(StagingErrorKind::NotAFile, what))
             }
-            Opened::Forbidden(error) => {
-                let what = format!("open {}: its permissions forbid it", self.output.path);
-                Err(StagingError {
-                    source: Some(error.into()),
-                    ..self.about.error(StagingErrorKind::Unreadable, what)
-                })
-            }
+            Opened::Forbidden(error) => Err(self.forbidden(error)),
             Opened::File(file, mode) => {
                 let name = self.output.path.rsplit('/').next().unwrap_or_default();
                 let entry = self.store(OsString::from(name), file, mode).await?;
@@ -138,17 +134,52 @@ impl<'a> OneOutput<'a> {
             }
             Opened::Directory(dir, mode) => {
                 self.entries.push(self.directory_entry(OsStr::new(""), mode));
-                self.publish_directory(dir).await
+                self.publish_directory(dir, Selection::all()).await.map(drop)
             }
         }
     }
 
-    async fn publish_directory(&mut self, dir: OwnedFd) -> Result<(), StagingError> {
+    async fn publish_glob(&mut self) -> Result<(), StagingError> {
+        let pattern = self.output.pattern().map_err(|fault| {
+            // Only of a spec that was not validated.
+            self.about.error(StagingErrorKind::Unsupported, format!("publish {}: {fault}", self.output.path))
+        })?;
+        self.base = pattern.base().to_owned();
+        let selection = Selection::matching(pattern, &self.job.spec.outputs, self.index);
+        let matched = match self.open().await? {
+            Opened::Directory(dir, _) => self.publish_directory(dir, selection).await?,
+            Opened::Nothing | Opened::File(..) | Opened::Other(_) => 0,
+            Opened::Forbidden(error) => return Err(self.forbidden(error)),
+        };
+        if matched == 0 && self.output.required && !self.job.partial {
+            let what =
+                format!("the program wrote nothing that {} matches, which is required", self.output.path);
+            return Err(self.about.error(StagingErrorKind::Absent, what));
+        }
+        Ok(())
+    }
+
+    fn forbidden(&self, error: io::Error) -> StagingError {
+        let what = format!("open {}: its permissions forbid it", self.output.path);
+        StagingError { source: Some(error.into()), ..self.about.error(StagingErrorKind::Unreadable, what) }
+    }
+
+    /// Opens the output's place: of a glob, its base.
+    async fn open(&self) -> Result<Opened, StagingError> {
+        let place = &self.job.plan.outputs[self.index];
+        let (root, mount) = (self.job.root.clone(), self.job.plan.mounts[place.mount].host.clone());
+        let (relative, about) = (place.relative.clone(), self.about.clone());
+        let context = format!("open {}", self.output.path);
+        blocking(&about, context, move || open(&root, &mount, &relative)).await
+    }
+
+    /// Stores what is selected of a directory. Answers how many entries that was, with those that another output has.
+    async fn publish_directory(&mut self, dir: OwnedFd, selection: Selection) -> Result<u64, StagingError> {
         let caps = Caps { depth: self.job.limits.depth, entries: self.max_entries };
         // Each file in the channel is open.
         let parallel = self.job.limits.parallel.max(1);
         let (sender, receiver) = mpsc::channel(parallel);
-        let walker = tokio::task::spawn_blocking(move || walk(dir, caps, &sender));
+        let walker = tokio::task::spawn_blocking(move || walk(dir, &selection, caps, &sender));
         let mut entries = Vec::new();
         let mut skipped = std::mem::take(&mut self.skipped);
         let this = &*self;
@@ -163,6 +194,7 @@ impl<'a> OneOutput<'a> {
                     Ok(Found::Directory { path, mode }) => {
                         Ok(Stored::Entry(this.directory_entry(&path, mode)))
                     }
+                    Ok(Found::Elsewhere) => Ok(Stored::Elsewhere),
                     Ok(Found::Skipped { path, what }) => Ok(Stored::Skipped(path, what)),
                     Err(error) => Err(this.walk_error(error)),
                 }
@@ -170,9 +202,14 @@ impl<'a> OneOutput<'a> {
             .buffer_unordered(parallel)
             .boxed();
         let mut result = Ok(());
+        let mut matched = 0;
         while let Some(next) = stored.next().await {
             match next {
-                Ok(Stored::Entry(entry)) => entries.push(entry),
+                Ok(Stored::Entry(entry)) => {
+                    matched += 1;
+                    entries.push(entry);
+                }
+                Ok(Stored::Elsewhere) => matched += 1,
                 Ok(Stored::Skipped(path, what)) => {
                     let first = || (0, entry_name::manifest_path(&path).0);
                     skipped.entry(what).or_insert_with(first).0 += 1;
@@ -188,7 +225,7 @@ impl<'a> OneOutput<'a> {
         self.entries.append(&mut entries);
         self.skipped = skipped;
         match walker.await {
-            Ok(()) => result,
+            Ok(()) => result.map(|()| matched),
             Err(stopped) => result.and(Err(StagingError {
                 source: Some(stopped.into()),
                 ..self
@@ -202,6 +239,7 @@ impl<'a> OneOutput<'a> {
         let (path, path_encoded) = entry_name::manifest_path(path);
         ManifestEntry {
             output: self.output.path.clone(),
+            base: self.base.clone(),
             path,
             path_encoded,
             kind: EntryKind::Directory,
@@ -255,6 +293,7 @@ impl<'a> OneOutput<'a> {
         self.counter.tell();
         Ok(ManifestEntry {
             output: self.output.path.clone(),
+            base: self.base.clone(),
             path: text,
             path_encoded,
             kind: EntryKind::File,
@@ -317,6 +356,7 @@ impl<'a> OneOutput<'a> {
 
 enum Stored {
     Entry(ManifestEntry),
+    Elsewhere,
     Skipped(OsString, &'static str),
 }
 

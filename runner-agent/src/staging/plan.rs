@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use runner_core::spec::{FieldViolation, InputSource, InvalidSpec, RunSpec, path};
+use runner_core::spec::{FieldViolation, InputSource, InvalidSpec, Output, RunSpec, path};
 use serde::{Deserialize, Serialize};
 
 /// Exists in every workload, read-only, also where the spec has no input.
@@ -72,12 +72,14 @@ pub struct Place {
 ///    such parent contains another, only the outer one is mounted.
 /// 4. Where that parent is the root or a directory that many parties share (`/home`, `/media`, `/mnt`, `/opt`, `/root`,
 ///    `/srv`, `/var`), the output itself is a directory made for it, empty when the program starts. It cannot be a file.
-/// 5. Refused: anything at or below `/dev`, `/proc` and `/sys`; an output at or below a directory that holds the image's
+/// 5. A glob is published from a writable directory mounted at its base, the directory before its first wildcard; where
+///    that lies in another output's directory, from there. It exists when the program starts.
+/// 6. Refused: anything at or below `/dev`, `/proc` and `/sys`; an output at or below a directory that holds the image's
 ///    programs or configuration (`/etc`, `/usr`, `/bin` …); an input or output that is itself such a directory, a shared
 ///    one or (for inputs) `/tmp` or `/var/tmp`.
-/// 6. Mounts come sorted by target, outer before inner; mounting them in this order, after the backend's own mounts (`/tmp`,
+/// 7. Mounts come sorted by target, outer before inner; mounting them in this order, after the backend's own mounts (`/tmp`,
 ///    `HOME`), gives every path its innermost mount. That one is read-only for each input and writable for each output.
-/// 7. Two destinations of outputs MUST NOT contain one another, and lie below `uploads/`: what is below `runs/` is written
+/// 8. Two destinations of outputs MUST NOT contain one another, and lie below `uploads/`: what is below `runs/` is written
 ///    by the service alone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountPlan {
@@ -85,7 +87,7 @@ pub struct MountPlan {
     pub mounts: Vec<PlannedMount>,
     /// In the order of the spec's inputs.
     pub inputs: Vec<Place>,
-    /// In the order of the spec's outputs.
+    /// In the order of the spec's outputs. Of a glob: its base.
     pub outputs: Vec<Place>,
     /// Directories on writable mounts that exist before the program starts: the outputs' parents. Outer before inner.
     pub directories: Vec<Place>,
@@ -122,7 +124,24 @@ impl MountPlan {
 
 /// Whether the input is a directory where it appears.
 pub(super) fn is_directory(input: &runner_core::spec::Input) -> bool {
-    input.extract.is_some() || matches!(&input.source, InputSource::Artifact(uri) if uri.is_tree())
+    input.extract.is_some()
+        || match &input.source {
+            InputSource::Artifact(uri) => uri.is_tree(),
+            // Not found yet only where admission has not looked: then all of them are a directory.
+            InputSource::Run(output) => {
+                output.found.as_ref().map_or(output.path.is_none(), |found| found.directory)
+            }
+            InputSource::Inline(_) | InputSource::Https(_) => false,
+        }
+}
+
+/// Where an output is looked for: its path, or its pattern's base.
+fn output_place(output: &Output) -> Result<String, String> {
+    if output.glob {
+        output.pattern().map(|pattern| pattern.base().to_owned())
+    } else {
+        Ok(output.path.clone())
+    }
 }
 
 fn is_below(place: &str, top: &str) -> bool {
@@ -198,9 +217,18 @@ impl Planner {
 
     fn plan_outputs(&mut self, spec: &RunSpec) {
         let mut writable = vec![OUTPUTS_DIR.to_owned()];
+        let plain: Vec<&str> =
+            spec.outputs.iter().filter(|output| !output.glob).map(|output| output.path.as_str()).collect();
         for (i, output) in spec.outputs.iter().enumerate() {
-            let at = output.path.as_str();
             let field = || format!("spec.outputs[{i}].path");
+            if output.glob {
+                match output_place(output) {
+                    Ok(base) => self.plan_glob(base, field(), &plain, &mut writable),
+                    Err(fault) => self.refuse(field(), "INVALID", &fault),
+                }
+                continue;
+            }
+            let at = output.path.as_str();
             if let Some(fault) = path::fault(at) {
                 self.refuse(field(), "INVALID", &format!("the path {fault}"));
             } else if is_at_or_below(at, INPUTS_DIR) {
@@ -225,6 +253,23 @@ impl Planner {
             if outer.as_ref().is_none_or(|outer| !is_at_or_below(&target, outer)) {
                 outer = Some(target.clone());
                 self.mounts.insert(target, (MountKind::Directory, true));
+            }
+        }
+    }
+
+    fn plan_glob(&mut self, base: String, field: String, plain: &[&str], writable: &mut Vec<String>) {
+        if is_at_or_below(&base, INPUTS_DIR) {
+            self.refuse(field, "FORBIDDEN", "lies in /inputs, which is read-only");
+        } else if KERNEL.iter().any(|top| is_at_or_below(&base, top)) {
+            self.refuse(field, "FORBIDDEN", "lies in a file system of the kernel");
+        } else if SYSTEM.iter().any(|top| is_at_or_below(&base, top)) || SHARED.contains(&base.as_str()) {
+            let what = "a pattern names a directory of its own before its first wildcard, such as /outputs";
+            self.refuse(field, "FORBIDDEN", what);
+        } else {
+            writable.push(base.clone());
+            // An output that is a directory is the program's to make: it is required, perhaps.
+            if !plain.iter().any(|plain| is_at_or_below(&base, plain)) {
+                self.parents.push(base);
             }
         }
     }
@@ -284,7 +329,13 @@ impl Planner {
             found
         };
         let input_places = places("inputs", spec.inputs.iter().map(|x| x.path.as_str()).collect(), false);
-        let output_places = places("outputs", spec.outputs.iter().map(|x| x.path.as_str()).collect(), true);
+        let output_paths: Vec<String> = spec
+            .outputs
+            .iter()
+            // A pattern that does not parse was refused above.
+            .map(|output| output_place(output).unwrap_or_default())
+            .collect();
+        let output_places = places("outputs", output_paths.iter().map(String::as_str).collect(), true);
         let mut parents = self.parents;
         parents.sort_by(|a, b| a.split('/').cmp(b.split('/')));
         parents.dedup();

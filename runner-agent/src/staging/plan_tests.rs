@@ -23,7 +23,7 @@ fn tree(path: &str) -> Input {
 }
 
 fn output(path: &str) -> Output {
-    Output { path: path.to_owned(), destination: None, required: false, max_bytes: None }
+    Output { path: path.to_owned(), glob: false, destination: None, required: false, max_bytes: None }
 }
 
 fn spec(inputs: Vec<Input>, outputs: &[&str]) -> RunSpec {
@@ -201,5 +201,66 @@ proptest! {
     #[test]
     fn a_plan_depends_on_nothing_but_the_spec(spec in any_spec()) {
         prop_assert_eq!(MountPlan::new(&spec), MountPlan::new(&spec));
+    }
+}
+
+fn glob(pattern: &str) -> Output {
+    Output { glob: true, ..output(pattern) }
+}
+
+#[test]
+fn a_glob_is_published_from_its_base_which_exists_at_the_start() {
+    let spec = RunSpec {
+        outputs: vec![
+            glob("/outputs/logs/**/*.log"),
+            glob("/work/a/*.csv"),
+            output("/work/a/b/x"),
+            glob("/tmp/*.t"),
+        ],
+        ..RunSpec::default()
+    };
+    let found = mounts(&spec);
+    let found: Vec<_> =
+        found.iter().map(|(target, kind, writable)| (target.as_str(), *kind, *writable)).collect();
+    assert_eq!(
+        found,
+        [
+            ("/inputs", Directory, false),
+            ("/outputs", Directory, true),
+            ("/tmp", Directory, true),
+            ("/work/a", Directory, true),
+        ]
+    );
+    let plan = MountPlan::new(&spec).unwrap();
+    let host = |place: &Place| plan.host_path(place).to_str().unwrap().to_owned();
+    assert_eq!(
+        plan.outputs.iter().map(host).collect::<Vec<_>>(),
+        ["out/0/logs", "out/2", "out/2/b/x", "out/1"]
+    );
+    assert_eq!(plan.directories.iter().map(host).collect::<Vec<_>>(), ["out/0/logs", "out/2/b"]);
+}
+
+#[test]
+fn an_output_that_is_a_directory_is_not_made_for_a_glob_in_it() {
+    let spec =
+        RunSpec { outputs: vec![output("/outputs/d"), glob("/outputs/d/*.txt")], ..RunSpec::default() };
+    assert!(MountPlan::new(&spec).unwrap().directories.is_empty());
+}
+
+#[test]
+fn a_glob_names_a_directory_of_its_own_before_its_first_wildcard() {
+    for (pattern, reason) in [
+        ("/*", "FORBIDDEN"),
+        ("/**/x", "FORBIDDEN"),
+        ("/home/*", "FORBIDDEN"),
+        ("/etc/*.conf", "FORBIDDEN"),
+        ("/proc/*/maps", "FORBIDDEN"),
+        ("/inputs/*", "FORBIDDEN"),
+        ("/outputs/[z-a]", "INVALID"),
+        ("outputs/*", "INVALID"),
+    ] {
+        let spec = RunSpec { outputs: vec![glob(pattern)], ..RunSpec::default() };
+        let expected = [("spec.outputs[0].path".to_owned(), reason.to_owned())];
+        assert_eq!(refused(&spec), expected, "{pattern}");
     }
 }

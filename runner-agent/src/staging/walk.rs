@@ -13,7 +13,10 @@ use rustix::{
 };
 use tokio::sync::mpsc;
 
-use super::root::{is_dot, open_dir_at, open_regular_at};
+use super::{
+    root::{is_dot, open_dir_at, open_regular_at},
+    select::{Selection, Standing, Verdict},
+};
 
 /// What the walk came upon. Paths are relative to where it began.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub(super) enum Found {
         file: File,
         mode: u32,
     },
+    /// Matched, but stored with another output.
+    Elsewhere,
     /// Not stored, and why.
     Skipped {
         path: OsString,
@@ -53,15 +58,21 @@ pub(super) struct Caps {
 struct Level {
     dir: Dir,
     path: OsString,
+    standing: Standing,
 }
 
-/// Walks `top` and sends what it finds, each directory before what is in it. Blocks while the channel is full, so the
+/// Walks `top` and sends what it finds of the selection, each directory before what is in it. Blocks while the channel is full, so the
 /// channel's size bounds the open files. Ends when the receiver is dropped.
 ///
 /// Every step is taken from the handle of the directory above by one name that is not followed: a directory that is
 /// swapped for a link in the middle of the walk leads nowhere.
-pub(super) fn walk(top: OwnedFd, caps: Caps, found: &mpsc::Sender<Result<Found, WalkError>>) {
-    if let Err(error) = walk_inner(top, caps, found) {
+pub(super) fn walk(
+    top: OwnedFd,
+    selection: &Selection,
+    caps: Caps,
+    found: &mpsc::Sender<Result<Found, WalkError>>,
+) {
+    if let Err(error) = walk_inner(top, selection, caps, found) {
         // Nobody listens any more where this fails.
         let _ = found.blocking_send(Err(error));
     }
@@ -69,6 +80,7 @@ pub(super) fn walk(top: OwnedFd, caps: Caps, found: &mpsc::Sender<Result<Found, 
 
 fn walk_inner(
     top: OwnedFd,
+    selection: &Selection,
     caps: Caps,
     found: &mpsc::Sender<Result<Found, WalkError>>,
 ) -> Result<(), WalkError> {
@@ -76,6 +88,7 @@ fn walk_inner(
     let mut stack = vec![Level {
         dir: Dir::new(top).map_err(|error| failed(OsStr::new(""), error))?,
         path: OsString::new(),
+        standing: selection.start(),
     }];
     let mut seen = 0u64;
     while let (stack_depth, Some(level)) = (stack.len(), stack.last_mut()) {
@@ -93,6 +106,18 @@ fn walk_inner(
         }
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
         let path = join(&level.path, name);
+        let verdict = selection.judge(level.standing, &path, name.as_bytes());
+        let (standing, taken) = match verdict {
+            Verdict::Ignore => continue,
+            Verdict::Elsewhere => {
+                if found.blocking_send(Ok(Found::Elsewhere)).is_err() {
+                    return Ok(());
+                }
+                continue;
+            }
+            Verdict::LookInside(standing) => (standing, false),
+            Verdict::Take(standing) => (standing, true),
+        };
         let above = level.dir.fd().map_err(|error| failed(&path, error))?;
         // As many directories are open as the entry has names.
         if stack_depth > caps.depth {
@@ -101,9 +126,13 @@ fn walk_inner(
         let next = match look(above, name) {
             Ok(Looked::Directory(dir, mode)) => {
                 let dir = Dir::new(dir).map_err(|error| failed(&path, error))?;
-                stack.push(Level { dir, path: path.clone() });
+                stack.push(Level { dir, path: path.clone(), standing });
+                if !taken {
+                    continue;
+                }
                 Found::Directory { path, mode }
             }
+            Ok(_) if !taken => continue,
             Ok(Looked::File(file, mode)) => Found::File { path, file, mode },
             Ok(Looked::Other(what)) => Found::Skipped { path, what },
             Err(error) => return Err(WalkError::Io { path, error }),

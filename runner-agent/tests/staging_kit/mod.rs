@@ -150,12 +150,13 @@ pub fn artifact(path: &str, key: &str) -> Input {
 }
 
 pub fn output(path: &str) -> Output {
-    Output { path: path.to_owned(), destination: None, required: true, max_bytes: None }
+    Output { path: path.to_owned(), glob: false, destination: None, required: true, max_bytes: None }
 }
 
 pub fn file_entry(path: &str, bytes: &[u8], key: &str) -> ManifestEntry {
     ManifestEntry {
         output: String::new(),
+        base: String::new(),
         path: path.to_owned(),
         path_encoded: false,
         kind: EntryKind::File,

@@ -5,6 +5,7 @@
 
 mod driver;
 mod error;
+mod inputs;
 mod live;
 mod meter;
 mod reconcile;
@@ -291,13 +292,15 @@ impl RunService {
             return Err(ServiceError::Unavailable("the service is shutting down".to_owned()));
         }
         request.spec.validate(&caller.tenant, &parts.limits)?;
+        // Of what the caller sent, before anything is filled in.
+        let digest = request.spec.digest();
+        let spec = inputs::find(parts, caller, request.spec).await?;
         let choice = route::choose(
             core.backends.iter().map(|(name, entry)| (name, &entry.backend)),
             &parts.default_backend,
-            &request.spec,
+            &spec,
         )?;
-        let digest = request.spec.digest();
-        let spec = parts.limits.apply(request.spec, &choice.backend.capabilities());
+        let spec = parts.limits.apply(spec, &choice.backend.capabilities());
         let run = NewRun {
             id: request.run_id.unwrap_or_else(|| parts.ids.run_id()),
             tenant: caller.tenant.clone(),

@@ -1,15 +1,20 @@
 //! What a caller asks for.
 
 pub mod path;
+mod source;
 mod validate;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-pub use self::validate::{FieldViolation, InvalidSpec};
+pub use runner_glob::Pattern;
+
+pub use self::{
+    source::{FoundOutput, InputSource, RunOutput},
+    validate::{FieldViolation, InvalidSpec},
+};
 use crate::{artifact::ArtifactUri, id::BackendName, outcome::Cause};
 
 /// What the caller asked for. Immutable once accepted. `None` means the service's default, which
@@ -120,16 +125,6 @@ pub struct Input {
     pub extract: Option<Archive>,
 }
 
-/// Where an input's bytes come from.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum InputSource {
-    /// An object, or a tree, of the tenant.
-    Artifact(ArtifactUri),
-    /// The spec itself.
-    Inline(#[serde(with = "crate::base64_bytes")] Bytes),
-}
-
 /// Archive formats that an input can be unpacked from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -144,8 +139,12 @@ pub enum Archive {
 /// One file or tree that is stored when the program has ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
-    /// Absolute, normal.
+    /// Absolute, normal; or a pattern.
     pub path: String,
+    /// Whether `path` is a [`Pattern`]: files and directories that it matches are the output, a directory with all that
+    /// is in it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub glob: bool,
     /// A prefix of the tenant. `None`: under the run's own prefix.
     pub destination: Option<ArtifactUri>,
     /// Its absence fails a run whose program exited 0.

@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::{InputSource, Network, RunSpec, SecretTarget, path};
+use super::{InputSource, Network, Output, Pattern, RunSpec, SecretTarget, path};
 use crate::{
     id::TenantId,
     limits::{Bound, Limits},
@@ -90,6 +90,21 @@ impl Check {
     }
 }
 
+impl Output {
+    /// The pattern of a glob.
+    ///
+    /// # Errors
+    /// Why the path is no pattern; reads on after nothing.
+    pub fn pattern(&self) -> Result<Pattern, String> {
+        let pattern = Pattern::parse(&self.path).map_err(|fault| format!("the pattern {fault}"))?;
+        if pattern.base().starts_with('/') {
+            Ok(pattern)
+        } else {
+            Err("the pattern must be absolute".to_owned())
+        }
+    }
+}
+
 impl RunSpec {
     /// Checks every field against the contract and the service's limits. Says nothing of what a backend can do:
     /// [`Capabilities::lacks`](crate::capability::Capabilities::lacks) does.
@@ -102,6 +117,7 @@ impl RunSpec {
         self.validate_inputs(&mut check, tenant, limits);
         self.validate_outputs(&mut check, tenant, limits);
         self.validate_mount_overlaps(&mut check);
+        self.validate_globs(&mut check);
         self.validate_limits(&mut check, limits);
         self.validate_rest(&mut check, limits);
         if check.found.is_empty() { Ok(()) } else { Err(InvalidSpec(check.found)) }
@@ -178,6 +194,26 @@ impl RunSpec {
                         check.add(field("uri"), "INVALID", what);
                     }
                 }
+                InputSource::Run(_) => {
+                    if input.extract.is_some() || input.sha256.is_some() {
+                        let what = "a run's outputs have their own digests and are not unpacked; to unpack an archive \
+                                    that a run wrote, name its object: `artifact:KEY`";
+                        check.add(field("uri"), "INVALID", what);
+                    }
+                }
+                InputSource::Https(url) => {
+                    if !limits.https.allows_host(url) {
+                        let what = format!(
+                            "the host {} with port {} is not among those that inputs may come from",
+                            url.host(),
+                            url.port()
+                        );
+                        check.add(field("uri"), "FORBIDDEN", what);
+                    }
+                    if input.sha256.is_none() {
+                        check.add(field("sha256"), "REQUIRED", "an input by https names its SHA-256");
+                    }
+                }
                 InputSource::Inline(bytes) => {
                     inline = inline.saturating_add(bytes.len());
                     if bytes.len() > limits.inline_input_bytes {
@@ -212,7 +248,13 @@ impl RunSpec {
         }
         for (i, output) in self.outputs.iter().enumerate() {
             let field = |name: &str| format!("spec.outputs[{i}].{name}");
-            check.path(field("path"), &output.path);
+            if output.glob {
+                if let Err(fault) = output.pattern() {
+                    check.add(field("path"), "INVALID", fault);
+                }
+            } else {
+                check.path(field("path"), &output.path);
+            }
             check.positive_up_to(field("max_bytes"), output.max_bytes, limits.output_bytes, " bytes");
             if let Some(uri) = &output.destination {
                 if uri.owner().as_ref() != Some(tenant) {
@@ -229,7 +271,8 @@ impl RunSpec {
     }
 
     /// An output inside another would be stored twice; an input inside an output would be published as one; two inputs at
-    /// one place have no meaning. Inputs inside inputs are fine: the longer path wins.
+    /// one place have no meaning. Inputs inside inputs are fine: the longer path wins. What two outputs share, of which at
+    /// least one is a glob, belongs to one of them.
     fn validate_mount_overlaps(&self, check: &mut Check) {
         let mut paths: Vec<(&str, bool, String)> = Vec::new();
         paths.extend(
@@ -242,6 +285,7 @@ impl RunSpec {
             self.outputs
                 .iter()
                 .enumerate()
+                .filter(|(_, x)| !x.glob)
                 .map(|(i, x)| (x.path.as_str(), true, format!("spec.outputs[{i}].path"))),
         );
         // By whole names: `/a/b` sorts right behind `/a`, before `/a-b`.
@@ -263,6 +307,29 @@ impl RunSpec {
                 check.add(field, "DUPLICATE", "two inputs have this path");
             }
             above.push((path, *is_output));
+        }
+    }
+
+    fn validate_globs(&self, check: &mut Check) {
+        for (i, output) in self.outputs.iter().enumerate().filter(|(_, output)| output.glob) {
+            let field = || format!("spec.outputs[{i}].path");
+            if self
+                .outputs
+                .iter()
+                .enumerate()
+                .any(|(j, other)| other.path == output.path && (j < i || !other.glob))
+            {
+                check.add(field(), "DUPLICATE", "another output has this path");
+            }
+            let Ok(pattern) = output.pattern() else { continue };
+            if let Some(input) = self.inputs.iter().find(|input| path::overlap(&input.path, pattern.base())) {
+                let what = format!(
+                    "what it matches lies in {:?}, which overlaps the input at {:?}",
+                    pattern.base(),
+                    input.path
+                );
+                check.add(field(), "DUPLICATE", what);
+            }
         }
     }
 

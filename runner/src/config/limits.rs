@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use runner_core::limits::{Bound, Limits};
+use runner_core::{
+    https::HttpsPolicy,
+    limits::{Bound, Limits},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -127,6 +130,8 @@ impl From<Limits> for LimitsConfig {
             inline_input_bytes,
             inline_total_bytes,
             labels,
+            // A part of its own: `inputs.https`.
+            https: _,
         } = limits;
         let span = |bound| BoundConfig::from_domain(bound, Span);
         let bytes = |bound| BoundConfig::from_domain(bound, ByteSize);
@@ -190,6 +195,7 @@ impl From<&LimitsConfig> for Limits {
             inline_input_bytes: count(config.inline_input_bytes),
             inline_total_bytes: count(config.inline_total_bytes),
             labels: config.labels,
+            https: HttpsPolicy::default(),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! `RUNNER_LIMITS__LOG_BYTES`. Durations are texts such as `30s`, sizes are integers or texts such as `4GiB`. A list as a
 //! variable is written as in the file: `RUNNER_BACKENDS='[{ kind = "local", name = "local" }]'`.
 
+pub mod inputs;
 pub mod layers;
 pub mod limits;
 pub mod value;
@@ -15,12 +16,13 @@ use std::{
 };
 
 use backend_local::LocalConfig;
-use runner_core::id::BackendName;
+use runner_core::{id::BackendName, limits::Limits};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::layers::{ConfigError, Layers, Loaded, Problem, Source};
 use self::{
+    inputs::InputsConfig,
     limits::LimitsConfig,
     value::{ByteSize, Span},
 };
@@ -59,6 +61,8 @@ pub struct Config {
     pub shutdown: ShutdownConfig,
     /// Limits of runs.
     pub limits: LimitsConfig,
+    /// What may become an input of a run.
+    pub inputs: InputsConfig,
 }
 
 /// What a service is for.
@@ -196,6 +200,7 @@ impl Default for Config {
             },
             shutdown: ShutdownConfig { drain: Span::secs(10) },
             limits: LimitsConfig::default(),
+            inputs: InputsConfig::default(),
         }
     }
 }
@@ -210,6 +215,11 @@ impl Config {
                 std::env::var_os("HOME").map(PathBuf::from),
             )
         })
+    }
+
+    /// What a spec may ask for.
+    pub fn run_limits(&self) -> Limits {
+        Limits { https: self.inputs.https_policy(), ..Limits::from(&self.limits) }
     }
 
     /// What does not fit together: (key, what is wrong). Everything at once.
@@ -280,6 +290,9 @@ impl Config {
         }
         for (key, message) in self.limits.faults() {
             add(&format!("limits.{key}"), message);
+        }
+        for (key, message) in self.inputs.faults() {
+            add(&format!("inputs.{key}"), message);
         }
         faults
     }

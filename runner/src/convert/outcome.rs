@@ -58,7 +58,7 @@ impl From<&Manifest> for Wire<v1::Manifest> {
 }
 
 fn entry_to_wire(entry: &ManifestEntry) -> v1::ManifestEntry {
-    let ManifestEntry { output, path, path_encoded, kind, size, sha256, mode, key } = entry;
+    let ManifestEntry { output, base, path, path_encoded, kind, size, sha256, mode, key } = entry;
     v1::ManifestEntry {
         output: output.clone(),
         path: path.clone(),
@@ -72,5 +72,6 @@ fn entry_to_wire(entry: &ManifestEntry) -> v1::ManifestEntry {
         sha256: sha256.clone(),
         mode: *mode,
         uri: key.clone().map(|key| ArtifactUri::object(key).to_string()).unwrap_or_default(),
+        base: base.clone(),
     }
 }

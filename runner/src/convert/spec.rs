@@ -54,6 +54,7 @@ pub(super) fn from_wire(spec: v1::RunSpec, violations: &mut Violations) -> RunSp
             .enumerate()
             .map(|(i, output)| Output {
                 path: output.path,
+                glob: output.glob,
                 destination: violations
                     .parse_optional(format!("spec.outputs[{i}].destination"), &output.destination),
                 required: output.required,
@@ -97,9 +98,10 @@ fn secret_from_wire(i: usize, secret: v1::SecretRef, violations: &mut Violations
 fn input_from_wire(i: usize, input: v1::Input, violations: &mut Violations) -> Input {
     let nothing = || InputSource::Inline(bytes::Bytes::new());
     let source = match input.source {
-        Some(v1::input::Source::Uri(uri)) => violations
-            .parse(format!("spec.inputs[{i}].uri"), &uri)
-            .map_or_else(nothing, InputSource::Artifact),
+        Some(v1::input::Source::Uri(uri)) => InputSource::from_uri(&uri).unwrap_or_else(|error| {
+            violations.add(format!("spec.inputs[{i}].uri"), "INVALID", error.to_string());
+            nothing()
+        }),
         Some(v1::input::Source::Inline(bytes)) => InputSource::Inline(bytes),
         None => {
             let what = "say where the bytes come from: `uri` or `inline`";
@@ -283,6 +285,8 @@ fn input_to_wire(input: &Input) -> v1::Input {
         path: input.path.clone(),
         source: Some(match &input.source {
             InputSource::Artifact(uri) => v1::input::Source::Uri(uri.to_string()),
+            InputSource::Run(output) => v1::input::Source::Uri(output.to_string()),
+            InputSource::Https(url) => v1::input::Source::Uri(url.to_string()),
             InputSource::Inline(bytes) => v1::input::Source::Inline(bytes.clone()),
         }),
         sha256: input.sha256.clone().unwrap_or_default(),
@@ -304,6 +308,7 @@ fn output_to_wire(output: &Output) -> v1::Output {
         destination: output.destination.as_ref().map(ToString::to_string).unwrap_or_default(),
         required: output.required,
         max_bytes: output.max_bytes.unwrap_or_default(),
+        glob: output.glob,
     }
 }
 

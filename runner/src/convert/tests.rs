@@ -46,8 +46,15 @@ fn any_uri() -> impl Strategy<Value = ArtifactUri> {
 }
 
 fn any_input() -> impl Strategy<Value = Input> {
+    let by_uri = select(vec![
+        "run:018f0000-0000-7000-8000-000000000001",
+        "run:018f0000-0000-7000-8000-000000000001/outputs/a b",
+        "https://a.example/x?y",
+        "https://a.example:8443/",
+    ]);
     let source = prop_oneof![
         any_uri().prop_map(InputSource::Artifact),
+        by_uri.prop_map(|uri| InputSource::from_uri(uri).unwrap()),
         prop::collection::vec(any::<u8>(), 0..20).prop_map(|bytes| InputSource::Inline(Bytes::from(bytes))),
     ];
     let archive = select(vec![Archive::Tar, Archive::TarGz, Archive::TarZst, Archive::Zip]);
@@ -56,8 +63,14 @@ fn any_input() -> impl Strategy<Value = Input> {
 }
 
 fn any_output() -> impl Strategy<Value = Output> {
-    (text(), option::of(any_uri()), any::<bool>(), option::of(1u64..)).prop_map(
-        |(path, destination, required, max_bytes)| Output { path, destination, required, max_bytes },
+    (text(), any::<bool>(), option::of(any_uri()), any::<bool>(), option::of(1u64..)).prop_map(
+        |(path, glob, destination, required, max_bytes)| Output {
+            path,
+            glob,
+            destination,
+            required,
+            max_bytes,
+        },
     )
 }
 

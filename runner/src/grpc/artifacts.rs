@@ -94,6 +94,7 @@ impl Api {
                 if directory {
                     return Ok(Ok(ManifestEntry {
                         output: String::new(),
+                        base: String::new(),
                         path,
                         path_encoded: false,
                         kind: EntryKind::Directory,
@@ -109,6 +110,7 @@ impl Api {
                 match record::of(store.as_ref(), &key).await {
                     Ok(digest) => Ok(Ok(ManifestEntry {
                         output: String::new(),
+                        base: String::new(),
                         path,
                         path_encoded: false,
                         kind: EntryKind::File,

@@ -6,7 +6,7 @@ use futures::future::OptionFuture;
 use serde_json::json;
 use worker_client::{
     Event, Finished, Irregular, RunHandle, RunOptions, RunSpec, StreamEvent,
-    proto::{self, Cause, RunState},
+    proto::{self, Archive, Cause, RunState},
 };
 
 use super::{Service, is_table, is_watched};
@@ -28,7 +28,8 @@ const RETRY_BACKOFF: Duration = Duration::from_secs(1);
 
 /// What has to be done beside the run itself.
 struct Plan {
-    inputs: Vec<InputArg>,
+    /// What is uploaded or named, and how it is unpacked.
+    inputs: Vec<(InputArg, Archive)>,
     skip_special: bool,
     outputs: Vec<(String, PathBuf)>,
     detach: bool,
@@ -154,15 +155,17 @@ fn plan(args: RunArgs) -> (RunSpec, Plan) {
     }
     let mut outputs = Vec::new();
     for output in args.output {
-        if let OutputArg::Declared { path, local } = output {
-            spec = spec.output(path.as_str());
+        if let OutputArg::Declared { path, glob, local } = output {
+            spec = if glob { spec.output_glob(path.as_str()) } else { spec.output(path.as_str()) };
             outputs.push((path, local));
         }
     }
     let typed = args.tty && std::io::IsTerminal::is_terminal(&std::io::stdin());
     let input = InputOptions { terminal: args.tty, detach_keys: args.detach_keys };
+    let inputs = args.input.into_iter().map(|input| (input, Archive::Unspecified));
+    let archives = args.extract.into_iter().map(|archive| (archive.input, archive.format));
     let plan = Plan {
-        inputs: args.input,
+        inputs: inputs.chain(archives).collect(),
         skip_special: args.skip_special,
         outputs,
         detach: args.detach,
@@ -173,17 +176,28 @@ fn plan(args: RunArgs) -> (RunSpec, Plan) {
 }
 
 async fn upload(service: &Service, mut spec: RunSpec, plan: &Plan) -> Result<RunSpec, Failure> {
-    for input in &plan.inputs {
+    for (input, archive) in &plan.inputs {
+        let named = |uri: &str, sha256: &str, mode| proto::Input {
+            path: input.path.clone(),
+            source: Some(proto::input::Source::Uri(uri.to_owned())),
+            sha256: sha256.to_owned(),
+            mode,
+            extract: (*archive).into(),
+        };
         let local = match &input.from {
-            InputFrom::Artifact(uri) => {
-                spec = spec.input(input.path.as_str(), uri.as_str());
+            InputFrom::Stored(uri) => {
+                spec = spec.input_spec(named(uri, "", 0));
+                continue;
+            }
+            InputFrom::Https { url, sha256 } => {
+                spec = spec.input_spec(named(url, sha256, 0));
                 continue;
             }
             InputFrom::Local(local) => local,
         };
         let bar = Bar::new(&format!("upload {}", local.display()));
         let options = bar.options();
-        if local.is_dir() {
+        if local.is_dir() && *archive == Archive::Unspecified {
             let irregular = if plan.skip_special { Irregular::Skip } else { Irregular::Refuse };
             let tree = service.client.upload_tree(local, options.irregular(irregular)).await;
             let tree = tree.map_err(|e| upload_failure(service, &e))?;
@@ -199,13 +213,9 @@ async fn upload(service: &Service, mut spec: RunSpec, plan: &Plan) -> Result<Run
         } else {
             let file = service.client.upload_file(local, options).await;
             let file = file.map_err(|e| upload_failure(service, &e))?;
-            spec = spec.input_spec(proto::Input {
-                path: input.path.clone(),
-                source: Some(proto::input::Source::Uri(file.uri)),
-                sha256: file.sha256,
-                mode: mode_of(local),
-                ..proto::Input::default()
-            });
+            // An archive's own mode says nothing of what is in it.
+            let mode = if *archive == Archive::Unspecified { mode_of(local) } else { 0 };
+            spec = spec.input_spec(named(&file.uri, &file.sha256, mode));
         }
     }
     Ok(spec)

@@ -73,6 +73,10 @@ async fn one_input(attempt: &AttemptContext, input: &Input) -> Result<Vec<(Strin
     let store = attempt.artifacts.as_ref();
     let bytes = match &input.source {
         InputSource::Inline(bytes) => bytes.clone(),
+        InputSource::Run(_) | InputSource::Https(_) => {
+            let what = "the fake backend stages objects, trees and inline bytes only";
+            return Err(ArtifactError::new(ArtifactErrorKind::Other, what));
+        }
         InputSource::Artifact(uri) if uri.is_tree() => return tree(attempt, input, uri).await,
         InputSource::Artifact(uri) => read_small(store, uri.key(), MAX_BYTES).await?,
     };
@@ -195,6 +199,7 @@ fn entries_of(output: &Output, files: &BTreeMap<String, Node>) -> Vec<(ManifestE
     let entry = |(path, (kind, mode, bytes)): (String, (EntryKind, u32, Bytes))| {
         let entry = ManifestEntry {
             output: output.path.clone(),
+            base: String::new(),
             path,
             path_encoded: false,
             kind,

@@ -41,6 +41,7 @@ pub async fn a_tree_appears_below_its_path(bench: &mut Bench) {
         manifest.total_bytes += text.len() as u64;
         manifest.entries.push(ManifestEntry {
             output: String::new(),
+            base: String::new(),
             path: path.to_owned(),
             path_encoded: false,
             kind: EntryKind::File,

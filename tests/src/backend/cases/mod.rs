@@ -130,7 +130,7 @@ macro_rules! backend_cases {
 
 /// An output with no limit of its own and no destination.
 fn output(path: &str, required: bool) -> Output {
-    Output { path: path.to_owned(), destination: None, required, max_bytes: None }
+    Output { path: path.to_owned(), glob: false, destination: None, required, max_bytes: None }
 }
 
 /// An input from anywhere, with nothing special about it.
