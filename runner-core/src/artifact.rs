@@ -1,6 +1,6 @@
 //! Bytes under a key in the object store, and the manifest that makes a set of them one result.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -316,6 +316,35 @@ pub struct ArtifactMeta {
     pub size: u64,
 }
 
+/// What a request that a store permits directly does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DirectAccess {
+    /// Reads the object, whole or in ranges.
+    Read,
+    /// Stores the object whole, where there is none yet, and only these bytes.
+    Create {
+        /// In bytes.
+        size: u64,
+        /// Lower-case hex.
+        sha256: Option<String>,
+    },
+}
+
+/// A request that a store permits to whoever holds it: one object, one method, minutes.
+#[derive(Clone, PartialEq, Eq)]
+pub struct DirectRequest {
+    /// Absolute. Signs itself, so it is as secret as what it permits.
+    pub url: String,
+    /// Must be sent with it, exactly.
+    pub headers: Vec<(String, String)>,
+}
+
+impl fmt::Debug for DirectRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirectRequest").finish_non_exhaustive()
+    }
+}
+
 /// Bytes on their way, in chunks of at most 1 MiB or so.
 pub type ByteStream = BoxStream<'static, Result<Bytes, ArtifactError>>;
 
@@ -328,6 +357,9 @@ pub type ByteStream = BoxStream<'static, Result<Bytes, ArtifactError>>;
 ///    store's own durability (a directory store syncs the file and its folder).
 /// 5. Memory used by any call MUST NOT grow with the object's size.
 /// 6. `delete` of what is not there succeeds.
+/// 7. A read is of one object: where it is replaced or deleted meanwhile, the reader gets the old one to its end, or an error
+///    (`Mismatch`, `NotFound`); never bytes of both.
+/// 8. A request that `direct` answers permits what was asked for and nothing else.
 #[async_trait]
 pub trait ArtifactStore: fmt::Debug + Send + Sync + 'static {
     /// Stores what `bytes` yields. Returns its size.
@@ -348,6 +380,17 @@ pub trait ArtifactStore: fmt::Debug + Send + Sync + 'static {
     async fn delete(&self, key: &ArtifactKey) -> Result<(), ArtifactError>;
     /// Whether the store answers: writes, reads and removes a probe object.
     async fn probe(&self) -> Result<(), ArtifactError>;
+    /// A request to the store itself that permits this for so long. `None` where the store cannot, or could not hold an upload
+    /// to what was promised; then the bytes go through the service.
+    async fn direct(
+        &self,
+        key: &ArtifactKey,
+        access: &DirectAccess,
+        lifetime: Duration,
+    ) -> Result<Option<DirectRequest>, ArtifactError> {
+        let _ = (key, access, lifetime);
+        Ok(None)
+    }
 }
 
 /// Reads a small object whole.

@@ -25,7 +25,7 @@ use runner_store::{DataDirLock, LockError, SqliteOptions, SqliteStore};
 use serde_json::json;
 
 use crate::{
-    config::{BackendConfig, Config},
+    config::{BackendConfig, Config, objects::ObjectStoreConfig},
     metrics::Metrics,
     server::{BindError, bind},
     surfaces::{SurfaceParts, Surfaces},
@@ -136,9 +136,9 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
             .await?
     };
     let artifacts = {
-        let url = config.object_store.url.clone();
+        let (objects, clock) = (config.object_store.clone(), Arc::clone(&clock));
         let directory = data_dir.join("objects");
-        blocking(move || open_objects(url.as_deref(), &directory)).await?
+        blocking(move || open_objects(&objects, &directory, &clock)).await?
     };
     let (signer, instance) = {
         let (dir, clock, ids) = (data_dir.clone(), Arc::clone(&clock), Arc::clone(&ids));
@@ -189,12 +189,16 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
     Ok(Running { listen, ops_listen, surfaces, _lock: lock })
 }
 
-fn open_objects(url: Option<&str>, directory: &Path) -> Result<Arc<dyn ArtifactStore>, ServeError> {
-    let url = match url {
-        Some(url) => url.to_owned(),
+fn open_objects(
+    config: &ObjectStoreConfig,
+    directory: &Path,
+    clock: &Arc<dyn Clock>,
+) -> Result<Arc<dyn ArtifactStore>, ServeError> {
+    let url = match &config.url {
+        Some(url) => url.clone(),
         None => directory.to_string_lossy().into_owned(),
     };
-    object::open_url(&url).map_err(ServeError::Objects)
+    object::open_url(&url, &config.options(), clock).map_err(ServeError::Objects)
 }
 
 async fn open_backends(

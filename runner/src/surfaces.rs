@@ -83,6 +83,7 @@ impl Surfaces {
             auth: Authenticator::unauthenticated(),
             limits: Arc::new(config.run_limits()),
             config: Arc::new(config.server.clone()),
+            direct_urls: config.object_store.direct_urls,
             draining: draining.clone(),
         };
         let (routes, health) = grpc::routes(api).await?;

@@ -5,6 +5,7 @@ pub mod backend;
 pub mod binaries;
 pub mod docker;
 pub mod log;
+pub mod objects;
 pub mod place;
 pub mod proc;
 pub mod service;

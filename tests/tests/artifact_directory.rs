@@ -2,8 +2,14 @@
 
 use std::{fs, path::Path, sync::Arc};
 
-use runner_artifacts::{directory::DirectoryArtifacts, object::open_url};
-use runner_core::artifact::{ArtifactErrorKind, ArtifactStore};
+use runner_artifacts::{
+    directory::DirectoryArtifacts,
+    object::{StoreOptions, open_url},
+};
+use runner_core::{
+    artifact::{ArtifactErrorKind, ArtifactStore},
+    clock,
+};
 use runner_tests::{
     artifact::{ArtifactPlace, block_on, chunked, key, listed, pattern},
     artifact_conformance,
@@ -19,7 +25,7 @@ impl ArtifactPlace for Directory {
     }
 
     fn open(&self) -> Arc<dyn ArtifactStore> {
-        open_url(self.0.path().to_str().unwrap()).unwrap()
+        open_url(self.0.path().to_str().unwrap(), &StoreOptions::default(), &clock::system().0).unwrap()
     }
 
     fn leftovers(&self) -> Vec<String> {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use object_store::memory::InMemory;
-use runner_artifacts::object::ObjectArtifacts;
-use runner_core::artifact::ArtifactStore;
+use runner_artifacts::object::{ObjectArtifacts, Tuning};
+use runner_core::{artifact::ArtifactStore, clock};
 use runner_tests::{artifact::ArtifactPlace, artifact_conformance};
 
 struct Adapter(Arc<InMemory>);
@@ -17,7 +17,7 @@ impl ArtifactPlace for Adapter {
     }
 
     fn open(&self) -> Arc<dyn ArtifactStore> {
-        Arc::new(ObjectArtifacts::new(Arc::clone(&self.0) as _))
+        Arc::new(ObjectArtifacts::new(Arc::clone(&self.0), "", Tuning::default(), &clock::system().0))
     }
 
     fn leftovers(&self) -> Vec<String> {

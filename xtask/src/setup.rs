@@ -24,8 +24,34 @@ const NEEDS: &[Need] = &[
     Need { program: "ip", package: "iproute2", without: "the Docker backend with a network" },
 ];
 
+/// The emulator of Azure Blob Storage, as npm has it.
+const AZURITE: &str = "azurite@3.37.0";
+
 /// Installs what is missing, where it may; else says what is missing.
 pub(crate) fn run() -> Result<()> {
+    packages()?;
+    if let Err(error) = azurite() {
+        process::say(&format!("setup: SKIPPED: no Azurite here; not tested: stores on Azure: {error:#}"));
+    }
+    Ok(())
+}
+
+/// Puts Azurite below `target`, where the tests look for it.
+fn azurite() -> Result<()> {
+    let place = process::target()?.join("test-tools/azurite");
+    if place.join("node_modules/.bin/azurite-blob").exists() {
+        return Ok(());
+    }
+    if !process::in_path("npm") {
+        install(&["nodejs", "npm"])?;
+    }
+    std::fs::create_dir_all(&place)?;
+    let mut npm = Command::new("npm");
+    npm.args(["install", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--prefix", "."]);
+    process::run(npm.arg(AZURITE).current_dir(&place))
+}
+
+fn packages() -> Result<()> {
     let mut missing: Vec<&Need> = NEEDS.iter().filter(|need| !process::in_path(need.program)).collect();
     let venv = process::in_path("python3") && !python_has_venv();
     if missing.is_empty() && !venv {

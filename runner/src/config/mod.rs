@@ -7,6 +7,7 @@
 pub mod inputs;
 pub mod layers;
 pub mod limits;
+pub mod objects;
 pub mod value;
 
 use std::{
@@ -24,6 +25,7 @@ pub use self::layers::{ConfigError, Layers, Loaded, Problem, Source};
 use self::{
     inputs::InputsConfig,
     limits::LimitsConfig,
+    objects::ObjectStoreConfig,
     value::{ByteSize, Span},
 };
 
@@ -108,16 +110,6 @@ impl BackendConfig {
             }
         }
     }
-}
-
-/// Where artifacts and logs are kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Default)]
-#[serde(deny_unknown_fields)]
-pub struct ObjectStoreConfig {
-    /// A directory, as `file:///path`. Default: `objects` in the data directory.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(example = &"file:///srv/runner/objects")]
-    pub url: Option<String>,
 }
 
 /// The form of the service's own log.
@@ -241,13 +233,8 @@ impl Config {
             let known: Vec<&str> = self.backends.iter().map(|backend| backend.name().as_str()).collect();
             add("default_backend", format!("no backend has this name; there are {}", known.join(", ")));
         }
-        if let Some(url) = &self.object_store.url
-            && !url.starts_with("file:///")
-        {
-            add(
-                "object_store.url",
-                "only directories, as `file:///path`, are supported in this version".to_owned(),
-            );
+        for (key, message) in self.object_store.faults() {
+            add(&format!("object_store.{key}"), message);
         }
         if let Err(error) = self.log.filter.parse::<tracing_subscriber::EnvFilter>() {
             add("log.filter", format!("is not a filter such as `info,runner_core=debug`: {error}"));

@@ -53,6 +53,9 @@ fn another(key: &str, leaf: &Value, default: Option<&Value>) -> Value {
         "ops_listen" => Some(json!("127.0.0.1:1235")),
         "data_dir" => Some(json!("/srv/runner")),
         "object_store.url" => Some(json!("file:///srv/objects")),
+        "object_store.endpoint" => Some(json!("https://127.0.0.1:9000")),
+        "object_store.credentials_file" => Some(json!("/run/secrets/store")),
+        "object_store.settings" => Some(json!({ "region": "somewhere" })),
         "default_backend" => Some(json!("local")),
         "backends" => Some(json!([{ "kind": "local", "name": "local", "slots": 7 }])),
         "log.filter" => Some(json!("warn,runner_core=trace")),
@@ -73,6 +76,9 @@ fn another(key: &str, leaf: &Value, default: Option<&Value>) -> Value {
     }
     if text.contains("\"byte-size\"") {
         return json!(if ceiling { 1_u64 << 50 } else { 1_048_575 });
+    }
+    if text.contains("\"boolean\"") {
+        return json!(default != Some(&json!(true)));
     }
     if text.contains("\"integer\"") {
         return json!(if ceiling { 2_000_000_000 } else { 15 });

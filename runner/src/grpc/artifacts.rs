@@ -6,8 +6,8 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use runner_artifacts::blob::BlobMethod;
 use runner_core::{
     artifact::{
-        ArtifactErrorKind, ArtifactKey, ArtifactUri, EntryKind, MANIFEST_NAME, Manifest, ManifestEntry,
-        read_small,
+        ArtifactErrorKind, ArtifactKey, ArtifactUri, DirectAccess, EntryKind, MANIFEST_NAME, Manifest,
+        ManifestEntry, read_small,
     },
     id::TenantId,
     service::ServiceError,
@@ -50,20 +50,33 @@ fn upload_id(text: &str, violations: &mut Violations) -> Option<Uuid> {
 }
 
 impl Api {
-    fn sign(
-        &self,
-        method: BlobMethod,
-        key: &ArtifactKey,
-        size: Option<u64>,
-        sha256: Option<&str>,
-    ) -> v1::SignedUrl {
+    /// A URL of the store's own, where it may be given and the store can sign it; else one of the blob endpoint.
+    async fn sign(&self, key: &ArtifactKey, access: DirectAccess) -> Result<v1::SignedUrl, Status> {
         let lifetime = self.config.grant_lifetime.0;
-        v1::SignedUrl {
+        let direct = if self.direct_urls {
+            self.artifacts.direct(key, &access, lifetime).await.map_err(|e| status::artifact(&e))?
+        } else {
+            None
+        };
+        let method = match &access {
+            DirectAccess::Read => BlobMethod::Get,
+            DirectAccess::Create { .. } => BlobMethod::Put,
+        };
+        let (url, headers) = match (direct, &access) {
+            (Some(direct), _) => (direct.url, direct.headers.into_iter().collect()),
+            (None, DirectAccess::Read) => {
+                (self.signer.mint(method, key, lifetime, None, None), HashMap::new())
+            }
+            (None, DirectAccess::Create { size, sha256 }) => {
+                (self.signer.mint(method, key, lifetime, Some(*size), sha256.as_deref()), HashMap::new())
+            }
+        };
+        Ok(v1::SignedUrl {
             method: method.as_str().to_owned(),
-            url: self.signer.mint(method, key, lifetime, size, sha256),
-            headers: HashMap::new(),
+            url,
+            headers,
             expire_time: Some(prost_types::Timestamp { nanos: 0, ..timestamp(self.clock.now() + lifetime) }),
-        }
+        })
     }
 
     async fn read_manifest(&self, key: &ArtifactKey) -> Result<Option<Manifest>, Status> {
@@ -231,7 +244,9 @@ impl Artifacts for Api {
                 Err(error) => return Err(status::artifact(&error)),
             }
         }
-        let url = self.sign(BlobMethod::Put, &key, Some(request.size), sha256);
+        let url = self
+            .sign(&key, DirectAccess::Create { size: request.size, sha256: sha256.map(str::to_owned) })
+            .await?;
         Ok(Response::new(v1::CreateUploadResponse {
             upload_id: upload.to_string(),
             uri: ArtifactUri::object(key).to_string(),
@@ -294,7 +309,7 @@ impl Artifacts for Api {
             return Err(status::artifact(&error));
         }
         let meta = self.artifacts.head(uri.key()).await.map_err(|e| status::artifact(&e))?;
-        let url = self.sign(BlobMethod::Get, uri.key(), None, None);
+        let url = self.sign(uri.key(), DirectAccess::Read).await?;
         Ok(Response::new(v1::CreateDownloadResponse { url: Some(url), size: meta.size }))
     }
 }

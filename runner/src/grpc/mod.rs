@@ -43,6 +43,8 @@ pub struct Api {
     pub limits: Arc<Limits>,
     /// What a call may cost.
     pub config: Arc<ServerConfig>,
+    /// Whether callers get URLs of the object store itself.
+    pub direct_urls: bool,
     /// Cancelled: streams end with a status that says so.
     pub draining: CancellationToken,
 }

@@ -3,6 +3,7 @@
 //! An implementation brings an [`ArtifactPlace`] and one line,
 //! [`artifact_conformance!`](crate::artifact_conformance), which makes a named test of every case.
 
+pub mod direct;
 pub mod keys;
 pub mod read;
 pub mod write;
@@ -19,12 +20,32 @@ use runner_core::artifact::{
 pub trait ArtifactPlace: Send + Sync + 'static {
     /// Whether objects outlive the store's value.
     const DURABLE: bool;
+    /// Why there can be no such place here. The test is then skipped, and says so.
+    fn missing() -> Option<String> {
+        None
+    }
     /// An empty place, shared with no other test.
     fn new() -> Self;
     /// Opens the store of this place.
     fn open(&self) -> Arc<dyn ArtifactStore>;
+    /// The longest key, in bytes: a prefix of the place takes room from it.
+    const LONGEST_KEY: usize = 1024;
+    /// Whether a backslash in a key stays one. Azure takes it for a slash.
+    const BACKSLASH: bool = true;
+    /// Whether the store signs URLs of its own for reading.
+    const DIRECT_READ: bool = false;
+    /// Whether a URL can be signed and tried here.
+    const DIRECT_SERVED: bool = true;
+    /// Whether the store signs URLs of its own that store exactly what was promised.
+    const DIRECT_CREATE: bool = false;
     /// What lies in the place that belongs to no object: abandoned uploads.
     fn leftovers(&self) -> Vec<String>;
+}
+
+/// Says that a test is skipped, and why.
+#[allow(clippy::print_stderr, reason = "a skip is told")]
+pub fn skipped(why: &str) {
+    eprintln!("SKIPPED: {why}");
 }
 
 /// Runs a case on a runtime of its own. A case that hangs fails.
@@ -34,7 +55,7 @@ pub trait ArtifactPlace: Send + Sync + 'static {
 pub fn block_on<F: Future<Output = ()>>(case: F) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .enable_time()
+        .enable_all()
         .build()
         .expect("a runtime is made");
     runtime.block_on(async {
@@ -116,6 +137,7 @@ macro_rules! artifact_cases {
                 a_stream_that_fails_leaves_the_object_that_was_there,
                 a_put_that_is_dropped_leaves_nothing,
                 nothing_is_visible_before_the_put_returns,
+                an_object_of_many_parts_comes_back_exact,
                 a_hundred_puts_at_once_all_arrive,
                 racing_puts_of_one_key_leave_one_of_them_whole,
                 delete_removes_and_does_so_twice,
@@ -128,7 +150,12 @@ macro_rules! artifact_cases {
                 a_reader_sees_one_object_while_it_is_replaced,
                 a_reader_sees_one_object_while_it_is_deleted,
                 chunks_stay_small,
+                a_large_object_that_is_replaced_is_never_mixed,
                 read_small_refuses_what_is_larger,
+            }
+            direct {
+                a_direct_read_yields_the_object_and_nothing_else,
+                a_direct_upload_stores_exactly_what_was_promised_and_once,
             }
             keys {
                 unusual_names_come_back_as_they_were,
@@ -160,6 +187,10 @@ macro_rules! artifact_tests {
             $(
                 #[test]
                 fn $case() {
+                    if let Some(why) = <$place as $crate::artifact::ArtifactPlace>::missing() {
+                        $crate::artifact::skipped(&why);
+                        return;
+                    }
                     let place = <$place as $crate::artifact::ArtifactPlace>::new();
                     $crate::artifact::block_on($crate::artifact::$module::$case(&place));
                 }

@@ -84,6 +84,26 @@ pub async fn a_reader_sees_one_object_while_it_is_deleted<P: ArtifactPlace>(plac
     assert!(found == pattern(9 * MIB));
 }
 
+pub async fn a_large_object_that_is_replaced_is_never_mixed<P: ArtifactPlace>(place: &P) {
+    let store = place.open();
+    let at = key("a");
+    let size = 40 * MIB;
+    store.put(&at, chunked(Bytes::from(vec![1; size]), MIB)).await.unwrap();
+    let (_, mut stream) = store.get(&at, 0..u64::MAX).await.unwrap();
+    let mut found = stream.try_next().await.unwrap().unwrap().len();
+    store.put(&at, chunked(Bytes::from(vec![2; size]), MIB)).await.unwrap();
+    loop {
+        match stream.try_next().await {
+            Ok(Some(chunk)) => {
+                assert!(chunk.iter().all(|byte| *byte == 1), "a byte of the new object at {found}");
+                found += chunk.len();
+            }
+            Ok(None) => break assert_eq!(found, size, "the old object to its end"),
+            Err(error) => break assert_eq!(error.kind, ArtifactErrorKind::Mismatch, "{error}"),
+        }
+    }
+}
+
 pub async fn chunks_stay_small<P: ArtifactPlace>(place: &P) {
     let store = place.open();
     store.put_bytes(&key("a"), pattern(9 * MIB)).await.unwrap();

@@ -122,6 +122,30 @@ pub async fn nothing_is_visible_before_the_put_returns<P: ArtifactPlace>(place: 
     assert_eq!(listed(&*store, "v").await, ["v/x"]);
 }
 
+pub async fn an_object_of_many_parts_comes_back_exact<P: ArtifactPlace>(place: &P) {
+    let store = place.open();
+    let at = key("large");
+    // Every mebibyte differs, so that parts or ranges in the wrong order show.
+    let size = 77 * MIB + 12_345;
+    let byte = |at: usize| (at / MIB).wrapping_mul(37) as u8;
+    let chunk = |at: usize| -> Bytes { (at..size.min(at + 700_001)).map(byte).collect() };
+    let chunks = (0..size).step_by(700_001).map(|at| Ok(chunk(at)));
+    let chunks: Vec<_> = chunks.collect();
+    assert_eq!(store.put(&at, stream::iter(chunks).boxed()).await.unwrap(), size as u64);
+    assert_eq!(place.leftovers(), [""; 0]);
+    for (from, to) in [(0, size), (5 * MIB + 7, size), (1, 70 * MIB), (size - 1, size)] {
+        let (_, mut bytes) = store.get(&at, from as u64..to as u64).await.unwrap();
+        let mut now = from;
+        while let Some(chunk) = bytes.next().await {
+            for found in chunk.unwrap() {
+                assert_eq!(found, byte(now), "at {now} of {from}..{to}");
+                now += 1;
+            }
+        }
+        assert_eq!(now, to);
+    }
+}
+
 pub async fn a_hundred_puts_at_once_all_arrive<P: ArtifactPlace>(place: &P) {
     let store = place.open();
     // New folders all the way: they are made by whoever comes first.

@@ -1,0 +1,133 @@
+//! The part `object_store`: where artifacts and logs are kept, and what moving them may cost.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use runner_artifacts::object::{StoreOptions, Tuning, check_url};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::value::{ByteSize, OrNone, Span};
+
+/// Where artifacts and logs are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ObjectStoreConfig {
+    /// A directory, as `file:///path`, or a bucket: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`.
+    /// Default: `objects` in the data directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(example = &"s3://bucket/prefix")]
+    pub url: Option<String>,
+    /// Where the bucket's store answers, where that is not its provider's own address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(example = &"https://s3.example.org:9000")]
+    pub endpoint: Option<String>,
+    /// Permits an endpoint of plain http.
+    pub allow_http: bool,
+    /// A file with the store's credentials, read again when it changes. S3: as `~/.aws/credentials`; Google: a service account's
+    /// JSON; Azure: the account's key. Default: the usual chain of the store's own tools.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub credentials_file: Option<PathBuf>,
+    /// Further settings of the store's client, such as `region`, `account_name` or `virtual_hosted_style_request`. Never secrets.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub settings: BTreeMap<String, String>,
+    /// Whether callers get URLs of the store itself where it can sign them. They must be able to reach it. Otherwise the bytes go
+    /// through the service.
+    pub direct_urls: bool,
+    /// Requests to the store at once that the service itself drives.
+    pub connections: u32,
+    /// Uploads in parts at once. Each may hold one part, of 8 MiB at first, in memory.
+    pub uploads: u32,
+    /// Parts or ranges of one object at once.
+    pub parallel: u32,
+    /// Memory for further parts and ranges, all objects together.
+    pub memory_bytes: ByteSize,
+    /// Bytes a second to the store, all uploads together.
+    pub upload_bytes_per_sec: OrNone<ByteSize>,
+    /// Bytes a second from the store, all downloads together.
+    pub download_bytes_per_sec: OrNone<ByteSize>,
+    /// Tries of one request, the first included.
+    pub tries: u32,
+    /// A transfer that moves nothing for so long is tried again.
+    pub stall_timeout: Span,
+    /// A transfer that is slower than this, in bytes a second, is tried again.
+    pub min_bytes_per_sec: ByteSize,
+}
+
+impl Default for ObjectStoreConfig {
+    fn default() -> Self {
+        let tuning = Tuning::default();
+        let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        let rate = |rate: Option<u64>| rate.map_or(OrNone::None, |rate| OrNone::Some(ByteSize(rate)));
+        Self {
+            url: None,
+            endpoint: None,
+            allow_http: false,
+            credentials_file: None,
+            settings: BTreeMap::new(),
+            direct_urls: false,
+            connections: number(tuning.connections),
+            uploads: number(tuning.uploads),
+            parallel: number(tuning.parallel),
+            memory_bytes: ByteSize(tuning.memory_bytes),
+            upload_bytes_per_sec: rate(tuning.upload_bytes_per_sec),
+            download_bytes_per_sec: rate(tuning.download_bytes_per_sec),
+            tries: tuning.tries,
+            stall_timeout: Span(tuning.stall_timeout),
+            min_bytes_per_sec: ByteSize(tuning.min_bytes_per_sec),
+        }
+    }
+}
+
+impl ObjectStoreConfig {
+    /// How the store is opened.
+    pub fn options(&self) -> StoreOptions {
+        let number = |value: u32| usize::try_from(value).unwrap_or(usize::MAX);
+        StoreOptions {
+            endpoint: self.endpoint.clone(),
+            allow_http: self.allow_http,
+            credentials_file: self.credentials_file.clone(),
+            settings: self.settings.clone(),
+            tuning: Tuning {
+                connections: number(self.connections),
+                uploads: number(self.uploads),
+                parallel: number(self.parallel),
+                memory_bytes: self.memory_bytes.0,
+                upload_bytes_per_sec: self.upload_bytes_per_sec.map(|rate| rate.0),
+                download_bytes_per_sec: self.download_bytes_per_sec.map(|rate| rate.0),
+                tries: self.tries,
+                stall_timeout: self.stall_timeout.0,
+                min_bytes_per_sec: self.min_bytes_per_sec.0,
+                ..Tuning::default()
+            },
+        }
+    }
+
+    /// What does not fit: (key, what is wrong).
+    pub(super) fn faults(&self) -> Vec<(String, String)> {
+        let mut faults = Vec::new();
+        if let Some(url) = &self.url {
+            if !url.contains("://") {
+                faults.push((
+                    "url".to_owned(),
+                    "must be a URL: `file:///path`, `s3://bucket/prefix`".to_owned(),
+                ));
+            } else if let Err(why) = check_url(url, &self.options()) {
+                faults.push(("url".to_owned(), why));
+            }
+        }
+        for (key, value, most) in [
+            ("connections", self.connections, 4096),
+            ("uploads", self.uploads, 4096),
+            ("parallel", self.parallel, 64),
+            ("tries", self.tries, 20),
+        ] {
+            if value == 0 || value > most {
+                faults.push((key.to_owned(), format!("must be from 1 to {most}")));
+            }
+        }
+        if self.stall_timeout < Span::secs(1) || self.stall_timeout > Span::secs(3600) {
+            faults.push(("stall_timeout".to_owned(), "must be from 1 s to 1 h".to_owned()));
+        }
+        faults
+    }
+}
