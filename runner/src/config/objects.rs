@@ -28,7 +28,7 @@ pub struct ObjectStoreConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credentials_file: Option<PathBuf>,
     /// Further settings of the store's client, such as `region`, `account_name` or `virtual_hosted_style_request`. Never secrets.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default)]
     pub settings: BTreeMap<String, String>,
     /// Whether callers get URLs of the store itself where it can sign them. They must be able to reach it. Otherwise the bytes go
     /// through the service.
