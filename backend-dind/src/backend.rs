@@ -32,12 +32,13 @@ use crate::{
     agent::Agent,
     capability,
     config::DindConfig,
-    engine::{Engine, EngineErrorKind},
+    engine::{Engine, EngineError, EngineErrorKind},
     error::{self, OpenError},
     images::{ImageId, Images},
     live::{self, RequestError},
     names::Names,
     observe, stage,
+    versions::{self, Findings},
     workload::{Workload, Workloads},
 };
 
@@ -74,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) capabilities: Capabilities,
     pub(crate) engine: Engine,
     pub(crate) images: Images,
+    /// What was last told of the engine's versions: only a change is told again.
+    told: Mutex<Findings>,
     pub(crate) image_configs: ImageConfigs,
     pub(crate) agent: Agent,
     pub(crate) names: Names,
@@ -153,7 +156,13 @@ impl DindBackend {
         let names = Names::new(&instance, &config.name);
         let shared = Shared {
             capabilities: capability::capabilities(&config),
-            images: Images::new(engine.clone(), config.default_image.clone()),
+            images: Images::new(
+                engine.clone(),
+                config.images.clone(),
+                config.default_image.clone(),
+                Arc::clone(&clock),
+            ),
+            told: Mutex::default(),
             image_configs: ImageConfigs::default(),
             starts: Semaphore::new(config.concurrent_starts),
             workloads: Workloads::new(names.clone()),
@@ -278,6 +287,18 @@ impl Shared {
         Ok(found.into_iter().map(|attempt| self.workload_ref(attempt)).collect())
     }
 
+    /// Logs what is known against the engine, once.
+    fn tell(&self, findings: &Findings) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if *told == *findings {
+            return;
+        }
+        if !findings.weak.is_empty() || !findings.unclear.is_empty() {
+            tracing::warn!(backend = %self.config.name, found = findings.summary(), "containers may escape from this engine");
+        }
+        told.clone_from(findings);
+    }
+
     async fn health(&self) -> Health {
         let sick = |detail: String| Health { healthy: false, detail };
         let info = match self.engine.info().await {
@@ -301,9 +322,25 @@ impl Shared {
                 return sick(format!("the engine's kernel has no {what} limits"));
             }
         }
+        let findings = match self.engine.docker().await {
+            Ok(docker) => {
+                docker.version().await.map(|version| versions::check(&version)).map_err(EngineError::from)
+            }
+            Err(error) => Err(error),
+        };
+        let findings = match findings {
+            Ok(findings) => findings,
+            Err(error) => {
+                return sick(format!("the engine at {} does not answer: {error}", self.config.host));
+            }
+        };
+        self.tell(&findings);
+        if self.config.refuse_known_escapes && !findings.weak.is_empty() {
+            return sick(findings.summary());
+        }
         let detail = format!(
-            "Docker Engine {}, {} {}, control groups v{}, live-restore {}",
-            info.server_version.unwrap_or_default(),
+            "{}; {} {}, control groups v{}, live-restore {}",
+            findings.summary(),
             info.operating_system.unwrap_or_default(),
             architecture,
             info.cgroup_version.map_or_else(|| "1".to_owned(), |version| version.to_string()),
@@ -328,7 +365,9 @@ impl Backend for DindBackend {
     }
 
     fn objections(&self, spec: &RunSpec) -> Vec<FieldViolation> {
-        capability::objections(&self.shared.config, spec)
+        let mut found = capability::objections(spec);
+        found.extend(self.shared.images.objection(spec));
+        found
     }
 
     fn slots(&self) -> usize {

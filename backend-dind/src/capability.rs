@@ -42,7 +42,7 @@ pub(crate) fn capabilities(config: &DindConfig) -> Capabilities {
 }
 
 /// What of a spec cannot be honoured, beyond the capabilities.
-pub(crate) fn objections(config: &DindConfig, spec: &RunSpec) -> Vec<FieldViolation> {
+pub(crate) fn objections(spec: &RunSpec) -> Vec<FieldViolation> {
     let plan = match MountPlan::new(spec) {
         Ok(plan) => plan,
         Err(InvalidSpec(violations)) => return violations,
@@ -51,9 +51,6 @@ pub(crate) fn objections(config: &DindConfig, spec: &RunSpec) -> Vec<FieldViolat
     let mut object = |field: String, reason: &'static str, what: String| {
         found.push(FieldViolation::new(field, reason, what));
     };
-    if spec.image.is_none() && config.default_image.is_none() {
-        object("spec.image".into(), "REQUIRED", "this backend has no default image: name one".into());
-    }
     let resources = &spec.resources;
     if resources.memory_bytes.is_some_and(|bytes| bytes < LEAST_MEMORY) {
         let what = format!("a container has at least {LEAST_MEMORY} bytes of memory");
@@ -105,13 +102,12 @@ mod tests {
         }
     }
 
-    fn fields(config: &DindConfig, spec: &RunSpec) -> Vec<String> {
-        objections(config, spec).into_iter().map(|violation| violation.field).collect()
+    fn fields(spec: &RunSpec) -> Vec<String> {
+        objections(spec).into_iter().map(|violation| violation.field).collect()
     }
 
     #[test]
     fn what_cannot_be_done_is_refused_by_field() {
-        let config = DindConfig::default();
         let mut spec =
             RunSpec { inputs: vec![input("/etc/app.conf")], read_only_root: true, ..RunSpec::default() };
         spec.resources.memory_bytes = Some(1024);
@@ -124,9 +120,8 @@ mod tests {
             max_bytes: None,
         }];
         assert_eq!(
-            fields(&config, &spec),
+            fields(&spec),
             [
-                "spec.image",
                 "spec.resources.memory_bytes",
                 "spec.resources.cpu_millis",
                 "spec.inputs[0].path",
@@ -137,9 +132,8 @@ mod tests {
 
     #[test]
     fn an_ordinary_spec_is_fine() {
-        let config = DindConfig { default_image: Some("x".into()), ..DindConfig::default() };
         let spec = RunSpec { inputs: vec![input("/inputs/a"), input("/etc/app.conf")], ..RunSpec::default() };
-        assert_eq!(fields(&config, &spec), Vec::<String>::new());
+        assert_eq!(fields(&spec), Vec::<String>::new());
     }
 
     #[test]

@@ -9,6 +9,8 @@ use runner_core::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::images::ImagesConfig;
+
 /// Who a program runs as where its spec does not say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -69,6 +71,13 @@ pub struct DindConfig {
     pub agent: Option<PathBuf>,
     /// The image of a spec that names none. Without it such a spec is refused.
     pub default_image: Option<String>,
+    /// Which images, from where, with whose credentials, and how many of them are kept.
+    pub images: ImagesConfig,
+    /// The backend's own name, written once more: whoever runs it where `environment` is `production` has read `docs/dind.md`.
+    #[schemars(with = "Option<String>")]
+    pub acknowledged_for_production: Option<BackendName>,
+    /// Whether an engine with a known escape takes no work. Where a distribution may have mended it, it does.
+    pub refuse_known_escapes: bool,
     /// Who a program runs as where its spec does not say.
     pub default_user: DefaultUser,
     /// Whether a spec may ask for uid 0. It has no capabilities either way.
@@ -94,6 +103,9 @@ impl Default for DindConfig {
             engine_patience_seconds: 300,
             agent: None,
             default_image: None,
+            images: ImagesConfig::default(),
+            acknowledged_for_production: None,
+            refuse_known_escapes: false,
             default_user: DefaultUser::default(),
             allow_root_user: false,
             egress_network: None,
@@ -156,6 +168,9 @@ impl DindConfig {
             if value == 0 {
                 add(name, "must be larger than zero");
             }
+        }
+        for (field, rule) in self.images.faults() {
+            add(&format!("images.{field}"), &rule);
         }
         if self.default_user.uid == 0 && !self.allow_root_user {
             add("default_user.uid", "is 0, which needs `allow_root_user = true`");

@@ -30,6 +30,7 @@ mod observe;
 mod publish;
 mod stage;
 mod stop;
+mod versions;
 mod workload;
 
 pub use self::{
@@ -37,4 +38,5 @@ pub use self::{
     config::{DefaultUser, DindConfig, InvalidConfig, TlsFiles},
     engine::{Engine, EngineError, EngineErrorKind},
     error::OpenError,
+    images::{ImageError, ImageErrorKind, ImageId, Images, ImagesConfig, PullPolicy, RegistryLogin},
 };

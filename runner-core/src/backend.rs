@@ -60,6 +60,8 @@ impl fmt::Debug for AttemptContext {
 pub enum Direction {
     Input,
     Output,
+    /// The image, from a registry to where it is run. Its files are layers.
+    Image,
 }
 
 /// How far staging is.

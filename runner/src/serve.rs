@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use backend_dind::{DindBackend, DindParts};
 use backend_local::{LocalBackend, LocalParts};
 use runner_artifacts::{
     blob::{BlobSigner, KeyError},
@@ -67,7 +68,7 @@ pub enum ServeError {
         /// Which.
         name: String,
         /// Why.
-        source: backend_local::OpenError,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// An address cannot be had.
     #[error(transparent)]
@@ -220,7 +221,23 @@ async fn open_backends(
                 };
                 let name = local.name.to_string();
                 let opened = LocalBackend::open(parts).await;
-                backends.push(Arc::new(opened.map_err(|source| ServeError::Backend { name, source })?));
+                backends.push(Arc::new(
+                    opened.map_err(|source| ServeError::Backend { name, source: source.into() })?,
+                ));
+            }
+            BackendConfig::Dind(dind) => {
+                let parts = DindParts {
+                    config: dind.clone(),
+                    data_dir: data_dir.to_owned(),
+                    instance: instance.to_owned(),
+                    clock: Arc::clone(clock),
+                    staging: Default::default(),
+                };
+                let name = dind.name.to_string();
+                let opened = DindBackend::open(parts).await;
+                backends.push(Arc::new(
+                    opened.map_err(|source| ServeError::Backend { name, source: source.into() })?,
+                ));
             }
         }
     }

@@ -314,6 +314,7 @@ fn staging(progress: &proto::StagingProgress) -> Value {
     let direction = match progress.direction() {
         Direction::Input => "INPUT",
         Direction::Output => "OUTPUT",
+        Direction::Image => "IMAGE",
         Direction::Unspecified => "",
     };
     object([

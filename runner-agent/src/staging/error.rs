@@ -99,6 +99,7 @@ impl From<StagingError> for BackendError {
             (StagingErrorKind::Local, _) => BackendErrorKind::Substrate,
             (_, Direction::Input) => BackendErrorKind::Input,
             (_, Direction::Output) => BackendErrorKind::Output,
+            (_, Direction::Image) => BackendErrorKind::Image,
         };
         Self { kind, retryable: error.kind.retryable(), context: error.to_string(), source: error.source }
     }

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use backend_dind::DindConfig;
 use backend_local::LocalConfig;
 use runner_core::{id::BackendName, limits::Limits};
 use schemars::JsonSchema;
@@ -85,6 +86,8 @@ pub enum Environment {
 pub enum BackendConfig {
     /// Processes of this machine.
     Local(LocalConfig),
+    /// Containers of a Docker Engine. Each engine is a backend; several are a pool.
+    Dind(DindConfig),
 }
 
 impl BackendConfig {
@@ -92,6 +95,7 @@ impl BackendConfig {
     pub fn name(&self) -> &BackendName {
         match self {
             Self::Local(local) => &local.name,
+            Self::Dind(dind) => &dind.name,
         }
     }
 
@@ -99,6 +103,7 @@ impl BackendConfig {
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Local(_) => "local",
+            Self::Dind(_) => "dind",
         }
     }
 
@@ -106,6 +111,10 @@ impl BackendConfig {
         match self {
             Self::Local(local) => {
                 let bad = local.validate().err().unwrap_or_default();
+                bad.into_iter().map(|bad| (bad.field, bad.rule)).collect()
+            }
+            Self::Dind(dind) => {
+                let bad = dind.validate().err().unwrap_or_default();
                 bad.into_iter().map(|bad| (bad.field, bad.rule)).collect()
             }
         }
@@ -227,6 +236,23 @@ impl Config {
             }
             for (field, rule) in backend.faults() {
                 add(&format!("backends[{i}].{field}"), rule);
+            }
+            let is_local = |backend: &BackendConfig| backend.kind() == "local";
+            if is_local(backend) && self.backends[..i].iter().any(is_local) {
+                let rule =
+                    "another backend is `local` too, and both would keep their workloads in one directory";
+                add(&format!("backends[{i}].kind"), rule.to_owned());
+            }
+            if let BackendConfig::Dind(dind) = backend
+                && self.environment == Environment::Production
+                && dind.acknowledged_for_production.as_ref() != Some(&dind.name)
+            {
+                let rule = format!(
+                    "must be {:?} where `environment` is `production`: containers of one engine share a kernel, and \
+                     whoever controls the engine controls its machine; see docs/dind.md",
+                    dind.name.as_str()
+                );
+                add(&format!("backends[{i}].acknowledged_for_production"), rule);
             }
         }
         if !self.backends.iter().any(|backend| *backend.name() == self.default_backend) {

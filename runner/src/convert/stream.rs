@@ -106,6 +106,7 @@ fn progress_to_wire(progress: Progress) -> v1::StagingProgress {
         direction: match direction {
             Direction::Input => v1::staging_progress::Direction::Input,
             Direction::Output => v1::staging_progress::Direction::Output,
+            Direction::Image => v1::staging_progress::Direction::Image,
         }
         .into(),
         bytes_done,

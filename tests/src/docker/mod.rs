@@ -5,6 +5,7 @@
 
 mod engine;
 mod image;
+mod registry;
 mod tls;
 
 use std::sync::OnceLock;
@@ -12,6 +13,7 @@ use std::sync::OnceLock;
 pub use self::{
     engine::{Engine, EngineOptions},
     image::TestImage,
+    registry::{Account, Registry},
     tls::ClientCertificate,
 };
 use crate::backend::Missing;
