@@ -71,6 +71,16 @@ fn packages() -> Result<()> {
     Ok(())
 }
 
+/// Installs those of these Debian packages whose programs the tests know of and are missing.
+pub(crate) fn install_missing(packages: &[&str]) -> Result<()> {
+    let missing: Vec<&str> = NEEDS
+        .iter()
+        .filter(|need| packages.contains(&need.package) && !process::in_path(need.program))
+        .map(|need| need.package)
+        .collect();
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
+}
+
 /// Installs Debian packages.
 ///
 /// Fails where that is not possible: elsewhere than on Debian, or without the rights.

@@ -193,3 +193,38 @@ fn the_default_data_directory_follows_the_user() {
         Path::new("/home/u/.local/share/runner")
     );
 }
+
+fn dind(more: &str) -> String {
+    format!("default_backend = 'local'\n[[backends]]\nkind = 'local'\n[[backends]]\nkind = 'dind'\n{more}")
+}
+
+fn keys(result: Result<Loaded, ConfigError>) -> Vec<String> {
+    problems(result).into_iter().map(|problem| problem.key).collect()
+}
+
+#[test]
+fn several_docker_backends_are_a_pool_and_each_has_a_name_of_its_own() {
+    let pool = "name = 'a'\n[[backends]]\nkind = 'dind'\nname = 'b'\nhost = 'tcp://127.0.0.1:2375'";
+    assert_eq!(load(&dind(pool), &[], &[]).unwrap().config.backends.len(), 3);
+    let same = "name = 'a'\n[[backends]]\nkind = 'dind'\nname = 'a'";
+    assert_eq!(keys(load(&dind(same), &[], &[])), ["backends[2].name"]);
+    let bad = "host = 'tcp://engine:2375'\nimages = { concurrent_pulls = 0 }";
+    assert_eq!(keys(load(&dind(bad), &[], &[])), ["backends[1].tls", "backends[1].images.concurrent_pulls"]);
+}
+
+#[test]
+fn a_docker_backend_in_production_must_be_acknowledged_by_its_name() {
+    let production = |more: &str| load(&format!("environment = 'production'\n{}", dind(more)), &[], &[]);
+    let key = ["backends[1].acknowledged_for_production"];
+    assert_eq!(keys(production("")), key);
+    assert_eq!(keys(production("acknowledged_for_production = 'another'")), key);
+    production("acknowledged_for_production = 'dind'").unwrap();
+    // Elsewhere nobody has to.
+    load(&format!("environment = 'staging'\n{}", dind("")), &[], &[]).unwrap();
+}
+
+#[test]
+fn two_local_backends_would_share_a_directory() {
+    let file = "[[backends]]\nkind = 'local'\n[[backends]]\nkind = 'local'\nname = 'other'";
+    assert_eq!(keys(load(file, &[], &[])), ["backends[1].kind"]);
+}

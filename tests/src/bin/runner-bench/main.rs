@@ -3,6 +3,7 @@
 //! Each figure is a ratio of our path to a floor or a peer, measured in the same run, interleaved. Started by
 //! `cargo xtask bench [ROW…]`; the service under test is the program `runner` beside this one.
 
+mod dind;
 mod floor;
 mod growth;
 mod hyperqueue;
@@ -26,13 +27,17 @@ type Outcome = Result<Vec<Row>, Box<dyn std::error::Error + Send + Sync>>;
 
 async fn measure(row: &str) -> Outcome {
     match row {
+        "1" => dind::one().await,
+        "2" => dind::many().await,
         "3" => local::measure().await,
         "4" => storing::measure().await,
         "5" => logs::measure().await,
         "6" => watchers::many_and_stalled().await,
         "7" => watchers::memory().await,
         "11" => growth::measure().await,
-        other => Err(format!("row {other} is not measured here; there are 3, 4, 5, 6, 7 and 11").into()),
+        other => {
+            Err(format!("row {other} is not measured here; there are 1, 2, 3, 4, 5, 6, 7 and 11").into())
+        }
     }
 }
 
@@ -51,7 +56,7 @@ fn main() -> ExitCode {
         return runtime.block_on(floor::serve(address));
     }
     let rows: Vec<&str> = if args.is_empty() {
-        vec!["3", "4", "5", "6", "7", "11"]
+        vec!["1", "2", "3", "4", "5", "6", "7", "11"]
     } else {
         args.iter().map(String::as_str).collect()
     };

@@ -33,13 +33,18 @@ pub(crate) fn free_address() -> Result<String, Fault> {
 }
 
 impl Service {
-    /// Starts one and waits until it answers.
+    /// Starts one with the local backend, and waits until it answers.
     pub(crate) async fn start() -> Result<Self, Fault> {
+        // As many attempts at once as the measurements ask for; the default suits programs that use a core each.
+        Self::start_with("[[backends]]\nkind = \"local\"\nslots = 64\n").await
+    }
+
+    /// Starts one with this configuration, and waits until it answers.
+    pub(crate) async fn start_with(settings: &str) -> Result<Self, Fault> {
         let data = tempfile::tempdir()?;
         let (listen, ops) = (free_address()?, free_address()?);
         let config = data.path().join("bench.toml");
-        // As many attempts at once as the measurements ask for; the default suits programs that use a core each.
-        std::fs::write(&config, "[[backends]]\nkind = \"local\"\nslots = 64\n")?;
+        std::fs::write(&config, settings)?;
         let child = Command::new(programs()?.join("runner"))
             .arg("serve")
             .arg("--config")
