@@ -495,3 +495,30 @@ async fn ten_thousand_small_files_are_stored() {
     assert_eq!(serde_json::from_slice::<runner_core::artifact::Manifest>(&bytes).unwrap(), manifest);
     bench.store.head(&key("runs/t/r/1/outputs/0/42/9942")).await.unwrap();
 }
+
+#[tokio::test]
+async fn the_holes_of_a_sparse_file_are_stored_as_the_zeros_that_they_read_as() {
+    use std::os::unix::fs::FileExt as _;
+    let bench = staged(vec![output("/outputs/sparse")]).await;
+    let file = fs::File::create(bench.at("out/0/sparse")).unwrap();
+    let mut expected = vec![0u8; (5 << 20) + 777];
+    for (at, text) in
+        [(0usize, "start"), ((2 << 20) + 4000, "middle"), ((3 << 20) + 1, "more"), ((5 << 20) + 772, "end.!")]
+    {
+        file.write_at(text.as_bytes(), at as u64).unwrap();
+        expected[at..at + text.len()].copy_from_slice(text.as_bytes());
+    }
+    let manifest = bench.publish(false).await.unwrap().manifest;
+    let entry = &manifest.entries[0];
+    assert_eq!((entry.size, entry.sha256.clone()), (expected.len() as u64, digest(&expected)));
+    assert_eq!(bench.store.bytes(entry.key.as_ref().unwrap()).unwrap(), expected);
+
+    // All hole, and hole to the end, with an end inside of a chunk and on its edge.
+    for size in [1u64 << 20, 3 << 20, (3 << 20) + 5, 7] {
+        let bench = staged(vec![output("/outputs/sparse")]).await;
+        fs::File::create(bench.at("out/0/sparse")).unwrap().set_len(size).unwrap();
+        let manifest = bench.publish(false).await.unwrap().manifest;
+        let zeros = vec![0; usize::try_from(size).unwrap()];
+        assert_eq!((manifest.entries[0].size, &manifest.entries[0].sha256), (size, &digest(&zeros)));
+    }
+}

@@ -48,11 +48,74 @@ pub(crate) enum Command {
     Cancel(CancelArgs),
     /// Connects this terminal, or standard input, to a run that was started with --tty or --stdin.
     Attach(AttachArgs),
+    /// Uploads, downloads, lists and deletes files that runs take and store.
+    #[command(subcommand)]
+    Artifact(ArtifactCommand),
     /// Shows the service's backends.
     #[command(subcommand)]
     Backend(BackendCommand),
     /// Writes a completion script for a shell.
     Completion(CompletionArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ArtifactCommand {
+    /// Uploads files and directories, and writes a URI for each.
+    Put(PutArtifactArgs),
+    /// Downloads an artifact, a tree, or what a run stored.
+    Get(GetArtifactArgs),
+    /// Lists what is stored, by key.
+    Ls(ListArtifactsArgs),
+    /// Deletes uploads.
+    Rm(RemoveArtifactArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PutArtifactArgs {
+    /// Files and directories.
+    #[arg(value_name = "LOCAL", required = true)]
+    pub(crate) local: Vec<std::path::PathBuf>,
+    /// Leaves symbolic links and other special files out of directories, instead of refusing them.
+    #[arg(long)]
+    pub(crate) skip_special: bool,
+    /// Files that move at once.
+    #[arg(long, short = 'j', value_name = "N", default_value = "8")]
+    pub(crate) parallel: usize,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GetArtifactArgs {
+    /// `artifact:KEY`, `artifact:KEY/` (a tree), `run:RUN` (all that a run stored), or `run:RUN/PATH` (one output).
+    #[arg(value_name = "URI")]
+    pub(crate) uri: String,
+    /// Where it goes. Default: this directory, and the artifact's own name.
+    #[arg(value_name = "LOCAL")]
+    pub(crate) local: Option<std::path::PathBuf>,
+    /// Files that move at once.
+    #[arg(long, short = 'j', value_name = "N", default_value = "8")]
+    pub(crate) parallel: usize,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArtifactsArgs {
+    /// `artifact:KEY/`: what lies below it. Default: the caller's uploads.
+    #[arg(value_name = "PREFIX")]
+    pub(crate) prefix: Option<String>,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RemoveArtifactArgs {
+    /// `artifact:KEY`, or `artifact:KEY/` with all that is below it.
+    #[arg(value_name = "URI", required = true)]
+    pub(crate) uri: Vec<String>,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
 }
 
 #[derive(Debug, Args)]
@@ -78,7 +141,7 @@ pub(crate) struct RunArgs {
     /// Does not wait: writes the run's id and ends.
     #[arg(long, short = 'd', conflicts_with_all = ["tty", "stdin"])]
     pub(crate) detach: bool,
-    /// Uploads a local file or directory, which lies at PATH when the program starts. LOCAL may be `artifact:KEY`,
+    /// Uploads a local file, directory or what matches a pattern, which lies at PATH when the program starts. LOCAL may be `artifact:KEY`,
     /// `run:RUN/PATH` (what another run stored), or `https://HOST/FILE#sha256=HEX`. May be repeated.
     #[arg(long, value_name = "LOCAL:PATH")]
     pub(crate) input: Vec<InputArg>,

@@ -1,6 +1,6 @@
 """A caller that was made from the proto files alone, against a real service.
 
-Usage: client_check.py ENDPOINT (host:port). The stubs of runner.v1 must be importable. Prints a line a check; the exit
+Usage: client_check.py ENDPOINT [CHECK ...] (host:port; all checks where none is named). The stubs of runner.v1 must be importable. Prints a line a check; the exit
 status is 0 only when every check passed.
 """
 
@@ -223,6 +223,39 @@ def check_artifacts(caller):
     assert status == 206 and part == body[1000000:1000010]
 
 
+def check_chain(caller):
+    """Five runs, each of which takes what the one before stored."""
+    run_id = caller.run(
+        "sh",
+        "-c",
+        "mkdir /outputs/d; echo 1 | tee /outputs/d/1 > /outputs/log.txt",
+        outputs=[
+            types_pb2.Output(path="/outputs/d", required=True),
+            types_pb2.Output(path="/outputs/*.txt", glob=True, required=True),
+        ],
+    )
+    for n in range(2, 6):
+        _, end = caller.finish(run_id)
+        assert end.state == types_pb2.RUN_STATE_SUCCEEDED, end
+        run_id = caller.run(
+            "sh",
+            "-c",
+            f"cp -r /inputs/before/. /outputs; echo {n} | tee /outputs/d/{n} >> /outputs/log.txt; cat /outputs/log.txt",
+            inputs=[types_pb2.Input(path="/inputs/before", uri=f"run:{run_id}/outputs")],
+            outputs=[
+                types_pb2.Output(path="/outputs/d", required=True),
+                types_pb2.Output(path="/outputs/*.txt", glob=True, required=True),
+            ],
+        )
+    out, end = caller.finish(run_id)
+    assert end.state == types_pb2.RUN_STATE_SUCCEEDED, end
+    assert out[runner_pb2.LOG_STREAM_STDOUT] == b"1\n2\n3\n4\n5\n", out
+    files = sorted(e.path for e in end.outcome.outputs.entries if e.kind == types_pb2.ManifestEntry.KIND_FILE)
+    assert files == ["1", "2", "3", "4", "5", "log.txt"], files
+    (log,) = [entry for entry in end.outcome.outputs.entries if entry.base]
+    assert (log.base, log.output) == ("/outputs", "/outputs/*.txt"), log
+
+
 def check_backends(caller):
     backends = caller.admin.ListBackends(admin_pb2.ListBackendsRequest(), timeout=30).backends
     assert [backend.kind for backend in backends if backend.healthy], backends
@@ -234,6 +267,7 @@ CHECKS = [
     check_cancel,
     check_typed_errors,
     check_artifacts,
+    check_chain,
     check_backends,
     check_resume_inside_a_large_log,
 ]
@@ -242,7 +276,10 @@ CHECKS = [
 def main():
     caller = Caller(sys.argv[1])
     failed = 0
+    named = sys.argv[2:]
     for check in CHECKS:
+        if named and check.__name__ not in named:
+            continue
         started = time.monotonic()
         try:
             check(caller)

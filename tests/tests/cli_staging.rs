@@ -126,3 +126,64 @@ fn an_output_that_is_not_there_is_refused_before_anything_runs() {
     }
     ok(&service, &["cancel", "--wait", &waiting]);
 }
+
+#[test]
+fn artifacts_are_put_listed_taken_and_removed() {
+    let service = start();
+    let dir = tempfile::tempdir().expect("temp dir");
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir_all(at("tree/d")).expect("directory");
+    fs::create_dir(at("tree/empty")).expect("directory");
+    fs::write(at("tree/d/x"), "deep\n").expect("file");
+    fs::write(at("one"), "one\n").expect("file");
+    let (one, tree) = (at("one").display().to_string(), at("tree").display().to_string());
+    let put = ok(&service, &["artifact", "put", &one, &tree]);
+    let uris: Vec<&str> = put.lines().collect();
+    assert!(uris.len() == 2 && uris[0].starts_with("artifact:") && uris[1].ends_with('/'), "{put}");
+
+    let listed: serde_json::Value =
+        serde_json::from_str(&ok(&service, &["artifact", "ls", "-o", "json"])).expect("JSON");
+    let listed = listed["artifacts"].as_array().expect("a list");
+    assert_eq!(listed.len(), 3, "two files and a manifest: {listed:?}");
+    assert!(listed.iter().any(|found| found["uri"] == uris[0] && found["size"] == 4));
+    let below = ok(&service, &["artifact", "ls", uris[1]]);
+    assert!(below.contains("/d/x") && !below.contains(uris[0]), "{below}");
+
+    let to = at("got").display().to_string();
+    ok(&service, &["artifact", "get", uris[1], &to]);
+    assert_eq!(fs::read_to_string(at("got/d/x")).expect("file"), "deep\n");
+    assert!(at("got/empty").is_dir() && fs::read_dir(at("got")).expect("directory").count() == 2);
+    ok(&service, &["artifact", "get", uris[0], &to]);
+    assert_eq!(fs::read_to_string(at("got/one")).expect("file"), "one\n");
+
+    let run =
+        run(&service, &["--output", &format!("/outputs/r:{}", at("r").display())], "echo r > /outputs/r");
+    ok(&service, &["artifact", "get", &format!("run:{run}"), &at("all").display().to_string()]);
+    assert_eq!(fs::read_to_string(at("all/outputs/r")).expect("file"), "r\n");
+    ok(&service, &["artifact", "get", &format!("run:{run}/outputs/r"), &at("copy").display().to_string()]);
+    assert_eq!(fs::read_to_string(at("copy")).expect("file"), "r\n");
+
+    ok(&service, &["artifact", "rm", uris[0], uris[1]]);
+    assert_eq!(ok(&service, &["artifact", "ls"]).lines().count(), 1, "only the head");
+    let gone = ctl(&service, &["artifact", "get", uris[0], &to]);
+    assert_eq!(gone.status.code(), Some(1), "{}", text(&gone.stderr));
+    assert_eq!(ctl(&service, &["artifact", "rm", uris[1]]).status.code(), Some(1));
+}
+
+#[test]
+fn a_local_pattern_uploads_what_it_matches_in_one_tree() {
+    let service = start();
+    let dir = tempfile::tempdir().expect("temp dir");
+    for (path, contents) in [("a.csv", "1\n"), ("b.txt", "2\n"), ("x/y/c.csv", "3\n"), ("x/.h.csv", "4\n")] {
+        let at = dir.path().join(path);
+        fs::create_dir_all(at.parent().expect("a parent")).expect("directory");
+        fs::write(at, contents).expect("file");
+    }
+    let input = format!("{}/**/*.csv:/inputs/data", dir.path().display());
+    let said =
+        ok(&service, &["run", "--input", &input, "--", "sh", "-c", "cd /inputs/data; find . -type f | sort"]);
+    assert_eq!(said, "./a.csv\n./x/y/c.csv\n");
+    let nothing = format!("{}/*.nothing:/inputs/data", dir.path().display());
+    let output = ctl(&service, &["run", "--input", &nothing, "--", "true"]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+}

@@ -29,6 +29,7 @@
 //!
 //! Connections are plain HTTP: TLS comes with the authentication of callers.
 
+mod artifacts;
 mod attach;
 mod beneath;
 mod client;
@@ -59,7 +60,7 @@ pub use retry::RetryPolicy;
 pub use runner_proto::v1 as proto;
 pub use spec::RunSpec;
 pub use stream::{Event, EventStream, StreamEvent, StreamOptions};
-pub use transfer::{ProgressFn, TransferOptions, TransferProgress};
+pub use transfer::{ProgressFn, SelectFn, TransferOptions, TransferProgress};
 pub use upload::{UploadedFile, UploadedTree};
 pub use walk::Irregular;
 

@@ -36,12 +36,22 @@ pub struct TransferOptions {
     pub(crate) parallelism: usize,
     pub(crate) irregular: Irregular,
     pub(crate) max_entries: usize,
+    pub(crate) select: Option<SelectFn>,
 }
+
+/// Says of a path in a tree, relative to its top, whether it is uploaded; a directory with all that is in it.
+pub type SelectFn = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 impl Default for TransferOptions {
     /// 8 files at once, at most 100,000 files and directories, and what is neither is refused.
     fn default() -> Self {
-        Self { progress: None, parallelism: 8, irregular: Irregular::Refuse, max_entries: 100_000 }
+        Self {
+            progress: None,
+            parallelism: 8,
+            irregular: Irregular::Refuse,
+            max_entries: 100_000,
+            select: None,
+        }
     }
 }
 
@@ -64,6 +74,13 @@ impl TransferOptions {
     #[must_use]
     pub fn irregular(mut self, irregular: Irregular) -> Self {
         self.irregular = irregular;
+        self
+    }
+
+    /// Which files and directories of a tree are uploaded. What is left out is not looked at more than by its name.
+    #[must_use]
+    pub fn select(mut self, select: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        self.select = Some(Arc::new(select));
         self
     }
 

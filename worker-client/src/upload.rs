@@ -100,10 +100,12 @@ impl Client {
         options: TransferOptions,
     ) -> Result<UploadedTree, ClientError> {
         let root = dir.as_ref().to_owned();
-        let (irregular, max_entries) = (options.irregular, options.max_entries);
-        let tree = tokio::task::spawn_blocking(move || walk::walk(&root, irregular, max_entries))
-            .await
-            .map_err(|e| ClientError::new(ErrorKind::Io, "walk the directory", e.to_string()))??;
+        let (irregular, max_entries, select) =
+            (options.irregular, options.max_entries, options.select.clone());
+        let tree =
+            tokio::task::spawn_blocking(move || walk::walk(&root, irregular, max_entries, select.as_ref()))
+                .await
+                .map_err(|e| ClientError::new(ErrorKind::Io, "walk the directory", e.to_string()))??;
         let tracker = Tracker::new(&options, tree.total_bytes, tree.files.len() as u64);
         let store = async |upload_id: &str, file: &walk::TreeFile| {
             let target = Target { upload_id, path: &file.path };

@@ -5,7 +5,10 @@ use std::{
     ffi::{OsStr, OsString},
     fs::File,
     io::{self, Read as _},
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
@@ -21,7 +24,7 @@ use runner_core::{
     crash,
     spec::Output,
 };
-use rustix::io::Errno;
+use rustix::{fs::SeekFrom, io::Errno};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
@@ -260,6 +263,7 @@ impl<'a> OneOutput<'a> {
         })?;
         let reader = Arc::new(Mutex::new(Reader {
             file,
+            sparse: false,
             hasher: Sha256::new(),
             size: 0,
             used: Arc::clone(&self.used),
@@ -408,9 +412,14 @@ fn open_below(mount: &Root, relative: &str) -> io::Result<Opened> {
 /// Read at once. A file that is smaller is stored without a stream.
 const CHUNK: usize = 1024 * 1024;
 
+/// What a hole of a sparse file reads as.
+static ZEROS: [u8; CHUNK] = [0; CHUNK];
+
 /// A file while it is read and hashed.
 struct Reader {
     file: File,
+    /// Fewer bytes on the disk than it has.
+    sparse: bool,
     hasher: Sha256,
     size: u64,
     /// Bytes read so far of the whole output.
@@ -444,20 +453,44 @@ impl Reader {
         let failed = |about: &About, path: &str, error| about.local(format!("read {}", shown(path)), error);
         if first {
             // A file that is too large by its own word is refused before it is read; a sparse one may claim terabytes.
-            let length = self.file.metadata().map_err(|error| failed(&self.about, &self.path, error))?.len();
+            let metadata = self.file.metadata().map_err(|error| failed(&self.about, &self.path, error))?;
+            let length = metadata.len();
+            self.sparse = metadata.blocks().saturating_mul(512) < length;
             self.check(self.used.load(Ordering::Relaxed).saturating_add(length))?;
         }
-        let mut chunk = Vec::new();
-        self.file
-            .by_ref()
-            .take(CHUNK as u64)
-            .read_to_end(&mut chunk)
-            .map_err(|error| failed(&self.about, &self.path, error))?;
+        let chunk = self.chunk().map_err(|error| failed(&self.about, &self.path, error))?;
         let length = chunk.len() as u64;
         self.check(self.used.fetch_add(length, Ordering::Relaxed).saturating_add(length))?;
         self.size += length;
         self.hasher.update(&chunk);
+        Ok(chunk)
+    }
+
+    /// The next chunk; a short one means the end. A hole that fills one is neither read nor held.
+    fn chunk(&mut self) -> io::Result<Bytes> {
+        if self.sparse && self.in_hole()? {
+            return Ok(Bytes::from_static(&ZEROS));
+        }
+        let mut chunk = Vec::new();
+        self.file.by_ref().take(CHUNK as u64).read_to_end(&mut chunk)?;
         Ok(chunk.into())
+    }
+
+    /// Whether the next chunk is all hole; then it is behind us.
+    fn in_hole(&mut self) -> io::Result<bool> {
+        let at = self.size;
+        let end = at + CHUNK as u64;
+        let hole_end = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // No data behind it: a hole to the end of the file.
+            Err(Errno::NXIO) => self.file.metadata()?.len(),
+            // A file system that does not know holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        let hole = hole_end >= end;
+        rustix::fs::seek(&self.file, SeekFrom::Start(if hole { end } else { at }))?;
+        Ok(hole)
     }
 
     fn check(&self, used: u64) -> Result<(), StagingError> {

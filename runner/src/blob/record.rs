@@ -10,7 +10,8 @@ use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 const FILES: &str = "files";
-const DIGESTS: &str = "digests";
+/// The folder of what is recorded of an upload's files.
+pub const DIGESTS: &str = "digests";
 const MAX_BYTES: u64 = 1024;
 
 /// Size and digest of an object.

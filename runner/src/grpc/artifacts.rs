@@ -312,6 +312,20 @@ impl Artifacts for Api {
         let url = self.sign(uri.key(), DirectAccess::Read).await?;
         Ok(Response::new(v1::CreateDownloadResponse { url: Some(url), size: meta.size }))
     }
+
+    async fn list_artifacts(
+        &self,
+        request: Request<v1::ListArtifactsRequest>,
+    ) -> Result<Response<v1::ListArtifactsResponse>, Status> {
+        self.list_below(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_artifacts(
+        &self,
+        request: Request<v1::DeleteArtifactsRequest>,
+    ) -> Result<Response<v1::DeleteArtifactsResponse>, Status> {
+        self.delete_below(request.into_inner()).await.map(Response::new)
+    }
 }
 
 fn manifest_key(tenant: &TenantId, upload: &Uuid) -> Result<ArtifactKey, Status> {

@@ -1,6 +1,7 @@
 //! The gRPC surface: `Runner`, `Artifacts`, `Admin`, health and reflection.
 
 mod admin;
+mod artifact_space;
 mod artifacts;
 mod attach;
 mod runner;

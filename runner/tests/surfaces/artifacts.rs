@@ -264,3 +264,83 @@ async fn paths_that_climb_are_refused_everywhere() {
         assert!(matches!(answer.status, 400 | 403 | 404), "{path}: {answer:?}");
     }
 }
+
+async fn list(
+    harness: &Harness,
+    prefix: &str,
+    page_size: u32,
+    page_token: &str,
+) -> Result<v1::ListArtifactsResponse, tonic::Status> {
+    let request =
+        v1::ListArtifactsRequest { prefix: prefix.to_owned(), page_size, page_token: page_token.to_owned() };
+    Ok(harness.artifacts_client().await.list_artifacts(request).await?.into_inner())
+}
+
+async fn delete(harness: &Harness, uri: &str) -> Result<u64, tonic::Status> {
+    let request = v1::DeleteArtifactsRequest { uri: uri.to_owned() };
+    Ok(harness.artifacts_client().await.delete_artifacts(request).await?.into_inner().deleted)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_are_listed_by_key_page_by_page_without_what_is_recorded_beside_them() {
+    let harness = Harness::start().await;
+    let first = create(&harness, "", "a", b"a", true).await;
+    let mut uris = vec![first.uri.clone()];
+    assert_eq!(put(&harness, &target(&first), b"a").await.status, 200);
+    for path in ["c", "b", "d/e"] {
+        let next = create(&harness, &first.upload_id, path, b"xyz", true).await;
+        assert_eq!(put(&harness, &target(&next), b"xyz").await.status, 200);
+        uris.push(next.uri);
+    }
+    uris.sort();
+    let (mut found, mut token) = (Vec::new(), String::new());
+    loop {
+        let page = list(&harness, "", 3, &token).await.unwrap();
+        assert!(page.artifacts.len() <= 3);
+        found.extend(page.artifacts.into_iter().map(|one| one.uri));
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(found, uris);
+    let prefix = uris[0].rsplit_once('/').unwrap().0;
+    assert_eq!(list(&harness, &format!("{prefix}/d/"), 0, "").await.unwrap().artifacts.len(), 1);
+    for (prefix, token, code) in [
+        ("artifact:uploads/somebody-else/", "", Code::NotFound),
+        ("artifact:blob/", "", Code::NotFound),
+        (uris[0].as_str(), "", Code::InvalidArgument),
+        ("nonsense", "", Code::InvalidArgument),
+        ("", "uploads/somebody-else/x", Code::InvalidArgument),
+    ] {
+        assert_eq!(list(&harness, prefix, 0, token).await.unwrap_err().code(), code, "{prefix} {token}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_deleted_is_an_upload_and_a_sealed_tree_is_deleted_whole() {
+    let harness = Harness::start().await;
+    let file = create(&harness, "", "a", b"a", true).await;
+    assert_eq!(put(&harness, &target(&file), b"a").await.status, 200);
+    let tree = create(&harness, "", "x/y", b"b", true).await;
+    assert_eq!(put(&harness, &target(&tree), b"b").await.status, 200);
+    let seal = v1::SealTreeRequest { upload_id: tree.upload_id.clone(), entries: vec![entry("x/y")] };
+    let sealed = harness.artifacts_client().await.seal_tree(seal).await.unwrap().into_inner();
+    let part = delete(&harness, &tree.uri).await.unwrap_err();
+    assert_eq!(part.code(), Code::FailedPrecondition);
+    assert_eq!(part.get_error_details().error_info().unwrap().reason, "UPLOAD_SEALED");
+    let tenant = file.uri.split('/').nth(1).unwrap();
+    for (uri, code) in [
+        (format!("artifact:runs/{tenant}/018f0000-0000-7000-8000-000000000001/"), Code::InvalidArgument),
+        (format!("artifact:uploads/{tenant}/"), Code::InvalidArgument),
+        ("artifact:uploads/somebody-else/x/".to_owned(), Code::NotFound),
+        (format!("artifact:uploads/{tenant}/nothing/"), Code::NotFound),
+        (format!("artifact:uploads/{tenant}/nothing"), Code::NotFound),
+    ] {
+        assert_eq!(delete(&harness, &uri).await.unwrap_err().code(), code, "{uri}");
+    }
+    assert_eq!(delete(&harness, &sealed.uri).await.unwrap(), 2);
+    assert_eq!(delete(&harness, &file.uri).await.unwrap(), 1);
+    assert_eq!(harness.artifacts.keys(), [""; 0]);
+    assert_eq!(delete(&harness, &file.uri).await.unwrap_err().code(), Code::NotFound);
+}

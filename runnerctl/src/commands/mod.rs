@@ -1,5 +1,6 @@
 //! One module a command.
 
+mod artifact;
 mod attach;
 mod backend;
 mod cancel;
@@ -66,6 +67,9 @@ pub(crate) async fn execute(cli: Cli) -> Result<Exit, Failure> {
         Command::Attach(args) => {
             let format = format(args.format);
             attach::execute(&Service::connect(endpoint).await?, args, format).await
+        }
+        Command::Artifact(command) => {
+            artifact::execute(&Service::connect(endpoint).await?, command, format).await
         }
         Command::Backend(BackendCommand::List(args)) => {
             backend::execute(&Service::connect(endpoint).await?, format(args.format)).await

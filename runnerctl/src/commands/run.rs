@@ -197,8 +197,22 @@ async fn upload(service: &Service, mut spec: RunSpec, plan: &Plan) -> Result<Run
         };
         let bar = Bar::new(&format!("upload {}", local.display()));
         let options = bar.options();
+        let irregular = if plan.skip_special { Irregular::Skip } else { Irregular::Refuse };
+        if let Some(pattern) = local_pattern(local)? {
+            let base = if pattern.base().is_empty() { "." } else { pattern.base() }.to_owned();
+            let matched = pattern.clone();
+            let options =
+                options.irregular(irregular).select(move |path| matched.matches_below(path.as_bytes()));
+            let tree = service.client.upload_tree(&base, options).await;
+            let tree = tree.map_err(|e| upload_failure(service, &e))?;
+            drop(bar);
+            if tree.files == 0 {
+                return Err(Failure::usage(format!("nothing matches {pattern}")));
+            }
+            spec = spec.input_spec(named(&tree.uri, "", 0));
+            continue;
+        }
         if local.is_dir() && *archive == Archive::Unspecified {
-            let irregular = if plan.skip_special { Irregular::Skip } else { Irregular::Refuse };
             let tree = service.client.upload_tree(local, options.irregular(irregular)).await;
             let tree = tree.map_err(|e| upload_failure(service, &e))?;
             drop(bar);
@@ -221,13 +235,25 @@ async fn upload(service: &Service, mut spec: RunSpec, plan: &Plan) -> Result<Run
     Ok(spec)
 }
 
+/// The pattern that a local input is; `None` where it is a path. What exists by that very name is a path.
+fn local_pattern(local: &std::path::Path) -> Result<Option<runner_glob::Pattern>, Failure> {
+    let Some(text) = local.to_str().filter(|text| runner_glob::has_wildcard(text)) else { return Ok(None) };
+    if local.symlink_metadata().is_ok() {
+        return Ok(None);
+    }
+    let text = text.strip_prefix("./").unwrap_or(text);
+    runner_glob::Pattern::parse(text)
+        .map(Some)
+        .map_err(|fault| Failure::usage(format!("the pattern {text} {fault}")))
+}
+
 /// An uploaded script stays executable.
 fn mode_of(local: &std::path::Path) -> u32 {
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::metadata(local).map_or(0, |metadata| metadata.permissions().mode() & 0o777)
 }
 
-fn upload_failure(service: &Service, error: &worker_client::ClientError) -> Failure {
+pub(super) fn upload_failure(service: &Service, error: &worker_client::ClientError) -> Failure {
     match error.kind() {
         worker_client::ErrorKind::Unsupported => {
             Failure::new(format!("{error}\n  To leave such files out: --skip-special"), Exit::USAGE)

@@ -1,6 +1,8 @@
 //! What the tests of the clients have in common.
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
+pub mod python;
+
 use std::{io::Write as _, thread, time::Duration};
 
 use nix::{
@@ -15,6 +17,12 @@ const POLL: Duration = Duration::from_millis(20);
 pub fn start() -> Service {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(Service::start())
+}
+
+/// Like [`start`], with variables of the configuration.
+pub fn start_with(settings: &[(&str, &str)]) -> Service {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    runtime.block_on(Service::start_with(settings))
 }
 
 /// Asks until it is so. The waits add up to `deadline` and a little.
