@@ -63,9 +63,8 @@ fn five_runs_each_take_what_the_one_before_stored_from_the_command_line() {
         "mkdir /outputs/d; echo 1 | tee /outputs/d/1 > /outputs/log.txt",
     );
     for n in 2..=5 {
-        let program = format!(
-            "cp -r /inputs/before/. /outputs; echo {n} | tee /outputs/d/{n} >> /outputs/log.txt"
-        );
+        let program =
+            format!("cp -r /inputs/before/. /outputs; echo {n} | tee /outputs/d/{n} >> /outputs/log.txt");
         let input = format!("run:{id}/outputs:/inputs/before");
         id = link(&service, Some(&input), &dir.path().join(n.to_string()), &program);
     }

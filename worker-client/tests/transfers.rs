@@ -9,8 +9,10 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use futures::TryStreamExt as _;
 use sha2::{Digest as _, Sha256};
-use support::{Fake, blobs::Fault};
+use support::{Answer, Fake, blobs::Fault};
+use tonic::Status;
 use worker_client::{ErrorKind, Irregular, TransferOptions, proto};
 
 fn bytes(len: usize) -> Vec<u8> {
@@ -312,4 +314,27 @@ async fn a_file_that_differs_from_the_manifest_is_not_kept() {
         assert_eq!(error.kind(), ErrorKind::Integrity);
         assert!(names(dir.path()).is_empty());
     }
+}
+
+#[tokio::test]
+async fn a_listing_asks_for_each_page_once_and_again_where_the_answer_is_lost() {
+    let fake = Fake::start().await;
+    for name in ["a/1", "a/2", "a/3", "a/4", "a/5", "b/1"] {
+        fake.blobs.put(&format!("artifact:{name}"), "x");
+    }
+    fake.state().answers.push_back(Answer::Refuse(Status::unavailable("restarting")));
+    let listed: Vec<_> = fake.client().await.list_artifacts("artifact:a/").try_collect().await.expect("list");
+    let uris: Vec<_> = listed.iter().map(|artifact| artifact.uri.as_str()).collect();
+    assert_eq!(uris, ["artifact:a/1", "artifact:a/2", "artifact:a/3", "artifact:a/4", "artifact:a/5"]);
+    assert_eq!(fake.state().calls, ["list_artifacts"; 4]);
+}
+
+#[tokio::test]
+async fn a_deletion_whose_answer_was_lost_is_not_made_again() {
+    let fake = Fake::start().await;
+    fake.blobs.put("artifact:a", "x");
+    fake.state().answers.push_back(Answer::Lose);
+    let error = fake.client().await.delete_artifacts("artifact:a").await.expect_err("lost");
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert_eq!(fake.state().calls, ["delete_artifacts"]);
 }

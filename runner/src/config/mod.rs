@@ -87,7 +87,7 @@ pub enum BackendConfig {
     /// Processes of this machine.
     Local(LocalConfig),
     /// Containers of a Docker Engine. Each engine is a backend; several are a pool.
-    Dind(DindConfig),
+    Dind(Box<DindConfig>),
 }
 
 impl BackendConfig {

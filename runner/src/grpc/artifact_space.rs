@@ -2,7 +2,7 @@
 
 use std::collections::BinaryHeap;
 
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _};
 use runner_core::{
     artifact::{ArtifactError, ArtifactErrorKind, ArtifactKey, ArtifactMeta, ArtifactUri, MANIFEST_NAME},
     service::ServiceError,

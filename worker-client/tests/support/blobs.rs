@@ -71,6 +71,17 @@ impl Blobs {
         self.inner().objects.get(uri).map(|bytes| bytes.len() as u64)
     }
 
+    /// What lies below `prefix` and after `after`, in order.
+    pub fn below(&self, prefix: &str, after: &str) -> Vec<proto::Artifact> {
+        let inner = self.inner();
+        let found = inner.objects.iter().filter(|(uri, _)| uri.starts_with(prefix) && uri.as_str() > after);
+        let mut found: Vec<_> = found
+            .map(|(uri, bytes)| proto::Artifact { uri: uri.clone(), size: bytes.len() as u64 })
+            .collect();
+        found.sort_by(|a, b| a.uri.cmp(&b.uri));
+        found
+    }
+
     pub fn signed(&self, method: &str, uri: &str) -> proto::SignedUrl {
         let name = hex::encode(uri);
         let url = format!("http://{}/{name}", self.address);

@@ -325,4 +325,30 @@ impl Artifacts for Fake {
             size,
         })
     }
+
+    async fn list_artifacts(
+        &self,
+        request: Request<proto::ListArtifactsRequest>,
+    ) -> Result<Response<proto::ListArtifactsResponse>, Status> {
+        let request = request.into_inner();
+        let mut all = self.blobs.below(&request.prefix, &request.page_token);
+        self.answer("list_artifacts", |_| {
+            // Two to a page, whatever is asked for: a server may do so.
+            let more = all.len() > 2;
+            all.truncate(2);
+            let next = all.last().filter(|_| more).map(|last| last.uri.clone()).unwrap_or_default();
+            proto::ListArtifactsResponse { artifacts: all, next_page_token: next }
+        })
+    }
+
+    async fn delete_artifacts(
+        &self,
+        request: Request<proto::DeleteArtifactsRequest>,
+    ) -> Result<Response<proto::DeleteArtifactsResponse>, Status> {
+        let uri = request.into_inner().uri;
+        self.answer("delete_artifacts", |_| {
+            let deleted = self.blobs.inner().objects.remove(&uri).map_or(0, |_| 1);
+            proto::DeleteArtifactsResponse { deleted }
+        })
+    }
 }
