@@ -227,11 +227,11 @@ async fn open_backends(
             }
             BackendConfig::Dind(dind) => {
                 let parts = DindParts {
-                    config: dind.clone(),
+                    config: (**dind).clone(),
                     data_dir: data_dir.to_owned(),
                     instance: instance.to_owned(),
                     clock: Arc::clone(clock),
-                    staging: Default::default(),
+                    staging: config.inputs.staging_limits(),
                 };
                 let name = dind.name.to_string();
                 let opened = DindBackend::open(parts).await;
