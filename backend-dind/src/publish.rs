@@ -20,7 +20,7 @@ use runner_agent::staging::{
 use runner_core::{
     artifact::ArtifactKey,
     backend::{AttemptContext, BackendError},
-    spec::RunSpec,
+    spec::{Pattern, RunSpec},
 };
 use tar::EntryType;
 
@@ -28,7 +28,7 @@ use crate::{
     archive::StreamReader,
     backend::Shared,
     convert,
-    engine::{EngineError, EngineErrorKind},
+    engine::EngineError,
     error,
     judge::{PublishFailure, PublishRecord},
     stage::Depot,
@@ -96,14 +96,31 @@ impl Shared {
                 .directory(Path::new(&mount.host))
                 .map_err(|source| error::substrate("open a directory for outputs", source))?;
             let wanted = Wanted::of(&attempt.spec, plan, number, &self.staging);
-            let work = move || unpack(stream, &directory, wanted);
-            let unpacked = tokio::task::spawn_blocking(work)
-                .await
-                .map_err(|stopped| error::substrate("fetch the outputs", stopped))?;
-            unpacked.map_err(|failure| match failure {
+            let told = |failure| match failure {
                 Failure::Engine(source) => error::engine(format!("fetch {}", mount.target), source),
                 Failure::Local(source) => error::substrate(format!("fetch {}", mount.target), source),
-            })?;
+            };
+            let stopped = |stopped| error::substrate("fetch the outputs", stopped);
+            let to = directory.clone();
+            let work = move || unpack(stream, &to, wanted);
+            let Unpacked { links, mut wanted } =
+                tokio::task::spawn_blocking(work).await.map_err(stopped)?.map_err(told)?;
+            for link in links {
+                let path = Path::new(&mount.target).join(&link);
+                // An engine takes paths as text.
+                let Some(path) = path.to_str() else {
+                    tracing::warn!(attempt = %workload.attempt, ?path, "a hard link cannot be fetched by its name");
+                    continue;
+                };
+                let (stream, to) = (self.engine.get(&workload.name, path), directory.clone());
+                let work = move || {
+                    let unpacked = unpack_one(stream, &to, &link, &mut wanted);
+                    (unpacked, wanted)
+                };
+                let (unpacked, left) = tokio::task::spawn_blocking(work).await.map_err(stopped)?;
+                wanted = left;
+                unpacked.map_err(told)?;
+            }
         }
         Ok(())
     }
@@ -122,20 +139,35 @@ fn record(published: Published) -> PublishRecord {
 /// What of a mount is wanted, and how much of it is put on the disk.
 #[derive(Debug)]
 struct Wanted {
-    /// Path on the mount, and the bytes that are left. Empty: the whole mount.
-    outputs: Vec<(PathBuf, u64)>,
+    /// Where the mount appears.
+    target: String,
+    outputs: Vec<WantedOutput>,
     entries_left: u64,
     depth: usize,
+}
+
+/// An output that lies on the mount.
+#[derive(Debug)]
+struct WantedOutput {
+    /// Where it is looked for on the mount; empty: the whole mount.
+    place: PathBuf,
+    /// Of a glob: what it takes of what is there.
+    pattern: Option<Pattern>,
+    /// Bytes that are left of its limit, and one more.
+    left: u64,
 }
 
 impl Wanted {
     fn of(spec: &RunSpec, plan: &MountPlan, mount: usize, limits: &StagingLimits) -> Self {
         let outputs = spec.outputs.iter().zip(&plan.outputs).filter(|(_, place)| place.mount == mount);
-        let outputs = outputs.map(|(output, place)| {
-            let most = output.max_bytes.unwrap_or(limits.output_bytes);
-            (PathBuf::from(&place.relative), most.saturating_add(1))
+        let outputs = outputs.map(|(output, place)| WantedOutput {
+            place: PathBuf::from(&place.relative),
+            // A pattern that does not parse never got past admission, and publishing says so.
+            pattern: output.glob.then(|| output.pattern().ok()).flatten(),
+            left: output.max_bytes.unwrap_or(limits.output_bytes).saturating_add(1),
         });
         Self {
+            target: plan.mounts[mount].target.clone(),
             outputs: outputs.collect(),
             // One more than may be published, so that publishing sees that there are more.
             entries_left: limits.output_entries.saturating_add(1 + spec.outputs.len() as u64),
@@ -143,23 +175,44 @@ impl Wanted {
         }
     }
 
-    /// The outputs that an entry is part of, or on the way to.
+    /// Whether a directory is part of an output, on the way to one, or may hold what a pattern matches.
     fn concerns(&self, path: &Path) -> bool {
-        self.outputs.iter().any(|(output, _)| path.starts_with(output) || output.starts_with(path))
+        self.outputs.iter().any(|output| path.starts_with(&output.place) || output.place.starts_with(path))
     }
 
-    /// How many of a file's bytes are to be kept. Above an output's limit nothing need be: that it is above is seen by the
-    /// file's length.
-    fn keep(&mut self, path: &Path, size: u64) -> u64 {
-        let mut most = 0;
-        for (_, left) in self.outputs.iter_mut().filter(|(output, _)| path.starts_with(output)) {
-            most = most.max((*left).min(size));
+    /// The outputs that publishing would store this in: every one that is no glob and has it, else the first glob that does.
+    fn owners(&self, path: &Path) -> Vec<usize> {
+        let covers = |(number, output): (usize, &WantedOutput)| {
+            (output.pattern.is_none() && path.starts_with(&output.place)).then_some(number)
+        };
+        let plain: Vec<usize> = self.outputs.iter().enumerate().filter_map(covers).collect();
+        if !plain.is_empty() {
+            return plain;
+        }
+        let matches = |output: &WantedOutput| {
+            output.pattern.as_ref().is_some_and(|pattern| {
+                path.ancestors().filter(|at| !at.as_os_str().is_empty()).any(|at| {
+                    pattern.matches(&[self.target.as_bytes(), b"/", at.as_os_str().as_bytes()].concat())
+                })
+            })
+        };
+        self.outputs.iter().position(matches).into_iter().collect()
+    }
+
+    /// How many of a file's bytes are to be kept; `None`: it is no output's. Fewer than all only where every output that it is
+    /// part of is above its limit by then, which publishing sees by the files' lengths: it stores none of that output.
+    fn keep(&mut self, path: &Path, size: u64) -> Option<u64> {
+        let owners = self.owners(path);
+        let most = owners.iter().map(|owner| self.outputs[*owner].left.min(size)).max()?;
+        for owner in owners {
+            let left = &mut self.outputs[owner].left;
             *left = left.saturating_sub(size);
         }
-        most
+        Some(most)
     }
 }
 
+#[derive(Debug)]
 enum Failure {
     Engine(EngineError),
     Local(io::Error),
@@ -171,48 +224,78 @@ impl From<io::Error> for Failure {
     }
 }
 
+/// The tar ends early, or is none.
+fn broken(error: io::Error) -> Failure {
+    Failure::Engine(EngineError::unreachable(error))
+}
+
+/// What unpacking leaves to do.
+struct Unpacked {
+    /// Hard links whose bytes came under a name that is not wanted.
+    links: Vec<PathBuf>,
+    wanted: Wanted,
+}
+
 /// Unpacks what is wanted of a mount's tar. Blocking.
 fn unpack(
     stream: BoxStream<'static, Result<Bytes, EngineError>>,
     to: &Root,
     wanted: Wanted,
-) -> Result<(), Failure> {
+) -> Result<Unpacked, Failure> {
     let mut archive = tar::Archive::new(StreamReader::new(stream));
     let result = unpack_entries(&mut archive, to, wanted);
-    match (result, archive.into_inner().take_failure()) {
-        (_, Some(failure)) if failure.kind == EngineErrorKind::NotFound => {
-            Err(Failure::Engine(EngineError { kind: EngineErrorKind::NotFound, source: failure.source }))
-        }
-        (_, Some(failure)) => Err(Failure::Engine(failure)),
-        (result, None) => result,
+    match archive.into_inner().take_failure() {
+        Some(failure) => Err(Failure::Engine(failure)),
+        None => result,
     }
 }
 
-fn unpack_entries(
-    archive: &mut tar::Archive<StreamReader>,
+/// Unpacks the one file of a tar to `path`. Blocking.
+fn unpack_one(
+    stream: BoxStream<'static, Result<Bytes, EngineError>>,
+    to: &Root,
+    path: &Path,
+    wanted: &mut Wanted,
+) -> Result<(), Failure> {
+    let mut archive = tar::Archive::new(StreamReader::new(stream));
+    let result = (|| match archive.entries().map_err(broken)?.next() {
+        Some(entry) => {
+            let mut entry = entry.map_err(broken)?;
+            let (size, mode) = (entry.size(), entry.header().mode().unwrap_or(0o644) & 0o777);
+            file(&mut entry, size, mode, to, path, wanted)
+        }
+        None => Ok(()),
+    })();
+    match archive.into_inner().take_failure() {
+        Some(failure) => Err(Failure::Engine(failure)),
+        None => result,
+    }
+}
+
+fn unpack_entries<R: io::Read>(
+    archive: &mut tar::Archive<R>,
     to: &Root,
     mut wanted: Wanted,
-) -> Result<(), Failure> {
-    let broken = |error: io::Error| Failure::Engine(EngineError::unreachable(error));
+) -> Result<Unpacked, Failure> {
+    let mut links = Vec::new();
     // Set at the end: one without the right to write would keep its own files out.
     let mut directories: BTreeMap<PathBuf, u32> = BTreeMap::new();
     for entry in archive.entries().map_err(broken)? {
         let mut entry = entry.map_err(broken)?;
         let raw = entry.path_bytes().into_owned();
         let Some(path) = below_top(Path::new(OsStr::from_bytes(&raw))) else { continue };
-        if !wanted.concerns(&path) || path.components().count() > wanted.depth + 1 {
-            continue;
-        }
-        let mode = entry.header().mode().unwrap_or(0o755) & 0o777;
         let kind = entry.header().entry_type();
-        if path.as_os_str().is_empty() {
-            directories.insert(path, mode);
-            continue;
-        }
-        if wanted.entries_left == 0 {
+        let is_wanted = match kind {
+            EntryType::Directory => wanted.concerns(&path),
+            _ => !wanted.owners(&path).is_empty(),
+        };
+        // One deeper than may be published, so that publishing sees that it is too deep.
+        let fits = path.components().count() <= wanted.depth + 1 && wanted.entries_left > 0;
+        if path.as_os_str().is_empty() || !is_wanted || !fits {
             continue;
         }
         wanted.entries_left -= 1;
+        let mode = entry.header().mode().unwrap_or(0o755) & 0o777;
         match kind {
             EntryType::Directory => {
                 to.create_dir_all(&path, 0o700)?;
@@ -220,24 +303,23 @@ fn unpack_entries(
             }
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
                 let size = entry.size();
-                let keep = wanted.keep(&path, size);
-                let mut file = to.create_file(&path, 0o600)?;
-                copy(&mut entry, &mut file, keep).map_err(|error| match error {
-                    Copy::From(error) => broken(error),
-                    Copy::To(error) => Failure::Local(error),
-                })?;
-                if keep < size {
-                    file.set_len(size)?;
-                }
-                set_mode(&file, mode)?;
+                file(&mut entry, size, mode, to, &path, &mut wanted)?;
             }
             EntryType::Link => {
-                let Some(source) = entry.link_name_bytes() else { continue };
-                let Some(source) = below_top(Path::new(OsStr::from_bytes(&source))) else { continue };
-                link(to, &source, &path, mode, &mut wanted)?;
+                let source = entry.link_name_bytes().map(std::borrow::Cow::into_owned).unwrap_or_default();
+                let source = below_top(Path::new(OsStr::from_bytes(&source)));
+                let from = source.map(|source| to.open_file(&source)).transpose();
+                match from {
+                    Ok(Some(mut from)) => {
+                        let size = from.metadata()?.len();
+                        file(&mut from, size, mode, to, &path, &mut wanted)?;
+                    }
+                    Ok(None) => links.push(path),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => links.push(path),
+                    Err(error) => return Err(error.into()),
+                }
             }
             EntryType::Symlink => placeholder(to, &path, Placeholder::Symlink)?,
-            // Publishing says of each of them only what it was, and stores none.
             EntryType::Fifo | EntryType::Char | EntryType::Block => {
                 placeholder(to, &path, Placeholder::Fifo)?
             }
@@ -245,12 +327,30 @@ fn unpack_entries(
         }
     }
     for (directory, mode) in directories.into_iter().rev() {
-        if directory.as_os_str().is_empty() {
-            continue;
-        }
         to.set_directory(&directory, None, mode)?;
     }
-    Ok(())
+    Ok(Unpacked { links, wanted })
+}
+
+/// Makes a file, with as many of its bytes as are to be kept, and its whole length.
+fn file(
+    from: &mut impl io::Read,
+    size: u64,
+    mode: u32,
+    to: &Root,
+    path: &Path,
+    wanted: &mut Wanted,
+) -> Result<(), Failure> {
+    let Some(keep) = wanted.keep(path, size) else { return Ok(()) };
+    let mut file = to.create_file(path, 0o600)?;
+    copy(from, &mut file, keep).map_err(|error| match error {
+        Copy::From(error) => broken(error),
+        Copy::To(error) => Failure::Local(error),
+    })?;
+    if keep < size {
+        file.set_len(size)?;
+    }
+    Ok(set_mode(&file, mode)?)
 }
 
 /// A tar's path without its first name, which is the mount's own. `None`: it is not normal.
@@ -285,28 +385,7 @@ fn copy(from: &mut impl io::Read, to: &mut impl io::Write, keep: u64) -> Result<
 
 fn set_mode(file: &std::fs::File, mode: u32) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
-    // What cannot be read by its owner was unreadable for the program too; here it must be read to be told so.
     file.set_permissions(std::fs::Permissions::from_mode(mode))
-}
-
-/// Makes a file of its own of a hard link, as publishing stores one.
-fn link(to: &Root, source: &Path, path: &Path, mode: u32, wanted: &mut Wanted) -> Result<(), Failure> {
-    let mut from = match to.open_file(source) {
-        Ok(file) => file,
-        // Its other name is outside of what is wanted. The engine gives the bytes only once.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return placeholder(to, path, Placeholder::Fifo);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let size = from.metadata()?.len();
-    let keep = wanted.keep(path, size);
-    let mut file = to.create_file(path, 0o600)?;
-    copy(&mut from, &mut file, keep).map_err(|error| match error {
-        Copy::From(error) | Copy::To(error) => error,
-    })?;
-    file.set_len(size)?;
-    Ok(set_mode(&file, mode)?)
 }
 
 enum Placeholder {
@@ -332,3 +411,7 @@ fn placeholder(to: &Root, path: &Path, kind: Placeholder) -> Result<(), Failure>
     };
     made.map_err(|error| Failure::Local(error.into()))
 }
+
+#[cfg(test)]
+#[path = "publish_tests.rs"]
+mod tests;
