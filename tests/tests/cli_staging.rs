@@ -114,7 +114,7 @@ fn an_output_that_is_not_there_is_refused_before_anything_runs() {
     let first = run(&service, &[], "echo x > /outputs/undeclared");
     let waiting = ok(&service, &["run", "--detach", "--", "sleep", "600"]).trim().to_owned();
     for (from, why) in [
-        (format!("run:{first}/outputs/undeclared"), "stored nothing"),
+        (format!("run:{first}/outputs/undeclared"), "has no outputs"),
         (format!("run:{waiting}"), "has not ended"),
         ("run:018f0000-0000-7000-8000-000000000001".to_owned(), "there is no run"),
         ("https://example.org/x#sha256=00".to_owned(), "not among those"),

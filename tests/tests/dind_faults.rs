@@ -154,7 +154,7 @@ impl Followed {
         }
     }
 
-    async fn to_end(&mut self) -> EndedAttempt {
+    async fn until_end(&mut self) -> EndedAttempt {
         loop {
             if let Some(ended) = self.next().await {
                 return ended;
@@ -190,7 +190,7 @@ async fn a_restart_of_the_engine_ends_attempts_for_what_it_is_and_keeps_their_lo
             engine.resurrect(false);
         })
         .await;
-        let end = followed.to_end().await;
+        let end = followed.until_end().await;
         assert_eq!((end.cause, end.retryable), (Cause::Backend, true), "{end:?}");
         assert_eq!(String::from_utf8_lossy(&followed.out), READY);
         assert!(!end.evidence.is_empty());
@@ -216,7 +216,7 @@ async fn with_live_restore_programs_live_on_and_their_logs_are_exact() {
             engine.resurrect(true);
         })
         .await;
-        let end = followed.to_end().await;
+        let end = followed.until_end().await;
         assert_eq!((end.cause, end.status), (Cause::Exited, Some(ExitStatus::Code(0))), "{end:?}");
         assert_eq!(String::from_utf8_lossy(&followed.out), numbers(300));
         world.remove(&attempt).await;
@@ -242,11 +242,11 @@ async fn an_engine_that_hangs_makes_attempts_late_and_not_wrong() {
     };
     let (made, ()) = within("ensure", futures::future::join(making, resuming)).await;
     made.expect("it was late and not wrong");
-    let end = followed.to_end().await;
+    let end = followed.until_end().await;
     assert_eq!((end.cause, end.status), (Cause::Exited, Some(ExitStatus::Code(0))), "{end:?}");
     assert_eq!(String::from_utf8_lossy(&followed.out), numbers(100));
     let mut followed = world.follow(&late);
-    let end = followed.to_end().await;
+    let end = followed.until_end().await;
     assert_eq!((end.cause, end.status), (Cause::Exited, Some(ExitStatus::Code(3))), "{end:?}");
     assert_eq!(followed.out, b"late");
     for attempt in [running, late] {
@@ -270,7 +270,7 @@ async fn what_others_do_to_a_container_is_told_from_what_the_program_did() {
     let (attempt, mut followed) = start(&Program::SleepForever).await;
     let options = RemoveContainerOptionsBuilder::default().force(true).build();
     docker.remove_container(&world.name(&attempt), Some(options)).await.expect("remove it");
-    let end = followed.to_end().await;
+    let end = followed.until_end().await;
     assert_eq!((end.cause, end.status), (Cause::Lost, None), "{end:?}");
     assert!(end.evidence.iter().any(|seen| seen.detail.contains("removed it")), "{end:?}");
     world.remove(&attempt).await;
@@ -278,19 +278,19 @@ async fn what_others_do_to_a_container_is_told_from_what_the_program_did() {
     let (attempt, mut followed) = start(&Program::SleepForever).await;
     let options = KillContainerOptionsBuilder::default().signal("SIGKILL").build();
     docker.kill_container(&world.name(&attempt), Some(options)).await.expect("kill it");
-    let end = followed.to_end().await;
+    let end = followed.until_end().await;
     assert_eq!((end.cause, end.status, end.retryable), (Cause::Backend, None, true), "{end:?}");
     world.remove(&attempt).await;
     // Told to end: the program's own code is kept, the cause is not the program's.
     let (attempt, mut followed) = start(&Program::HandleTerm(5)).await;
     docker.stop_container(&world.name(&attempt), None).await.expect("stop it");
-    let end = followed.to_end().await;
+    let end = followed.until_end().await;
     assert_eq!((end.cause, end.status), (Cause::Backend, Some(ExitStatus::Code(5))), "{end:?}");
     world.remove(&attempt).await;
     // Restarted: the program is not executed twice.
     let (attempt, mut followed) = start(&Program::HandleTerm(5)).await;
     docker.restart_container(&world.name(&attempt), None).await.expect("restart it");
-    let end = followed.to_end().await;
+    let end = followed.until_end().await;
     assert_eq!(
         (end.cause, String::from_utf8_lossy(&followed.out).matches("ready").count()),
         (Cause::Backend, 1),
@@ -382,7 +382,7 @@ async fn a_remote_engine_by_tls_gets_inputs_and_gives_outputs() {
     });
     world.ensure(&attempt).await;
     let mut followed = world.follow(&attempt);
-    let end = followed.to_end().await;
+    let end = followed.until_end().await;
     assert_eq!((end.cause, end.status), (Cause::Exited, Some(ExitStatus::Code(0))), "{end:?}");
     assert_eq!(followed.manifest.expect("outputs").total_bytes, BYTES);
     world.remove(&attempt).await;
@@ -436,7 +436,7 @@ async fn a_container_is_as_hardened_as_it_should_be() {
     );
     for mount in seen.mounts.unwrap_or_default() {
         assert_eq!(
-            mount.typ.map(|kind| kind.to_string()).as_deref(),
+            mount.typ.as_ref().map(|kind| kind.to_string()).as_deref(),
             Some("volume"),
             "nothing of the host: {mount:?}"
         );

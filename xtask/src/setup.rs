@@ -20,7 +20,11 @@ const NEEDS: &[Need] = &[
     Need { program: "busybox", package: "busybox-static", without: "images other than `host`" },
     Need { program: "dockerd", package: "docker.io", without: "the Docker backend" },
     Need { program: "docker-registry", package: "docker-registry", without: "pulling images" },
-    Need { program: "openssl", package: "openssl", without: "the Docker backend over TLS" },
+    Need {
+        program: "openssl",
+        package: "openssl",
+        without: "inputs by https, and the Docker backend over TLS",
+    },
     Need { program: "ip", package: "iproute2", without: "the Docker backend with a network" },
 ];
 

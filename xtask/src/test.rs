@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::{check_deps, process, setup};
+use crate::{agent, check_deps, process, setup};
 
 /// Sets up, then checks and tests everything. With filters: only the tests that they name.
 pub(crate) fn run(filters: &[String]) -> Result<()> {
@@ -24,6 +24,7 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     }
     // All at once, with the features that the tests have too: the programs that tests start are built once, here.
     process::run(cargo()?.args(["build", "--workspace", "--all-targets"]))?;
+    agent::run(false)?;
     let mut test = cargo()?;
     test.env("RUNNER_TEST_BINARIES", process::target()?.join("debug"));
     test.args(["test", "--workspace", "--no-fail-fast"]);

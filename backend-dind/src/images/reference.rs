@@ -210,7 +210,7 @@ mod tests {
             ("", BadReference::Name),
             ("Busybox", BadReference::Name),
             ("a//b", BadReference::Name),
-            ("../a", BadReference::Name),
+            ("../a", BadReference::Registry),
             ("a/-b", BadReference::Name),
             ("a/b..c", BadReference::Name),
             ("a/b?x=y", BadReference::Name),

@@ -17,9 +17,36 @@ use rustls::{
 
 use super::*;
 
-const CA: &str = include_str!("../../tests/tls/ca.pem");
-const CHAIN: &str = include_str!("../../tests/tls/server.pem");
-const KEY: &str = include_str!("../../tests/tls/server-key.pem");
+/// An authority that nobody but these tests trusts, and a server's certificate of it with its key, all as PEM.
+struct Certificates {
+    authority: String,
+    server: String,
+    key: String,
+}
+
+/// Made once for each test process, and nowhere kept: no key belongs into a repository.
+fn certificates() -> &'static Certificates {
+    static MADE: std::sync::LazyLock<Certificates> = std::sync::LazyLock::new(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let names = "subjectAltName=DNS:files.test,DNS:other.test,DNS:localhost,IP:127.0.0.1";
+        let new_key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
+        let authority = "-subj /CN=authority -keyout ca-key.pem -out ca.pem \
+                         -addext basicConstraints=critical,CA:true -addext keyUsage=critical,keyCertSign";
+        let server = "-subj /CN=files.test -keyout key.pem -out server.pem -CA ca.pem -CAkey ca-key.pem \
+                      -addext basicConstraints=critical,CA:false -addext";
+        for words in
+            [format!("req -x509 {new_key} {authority}"), format!("req -x509 {new_key} {server} {names}")]
+        {
+            let mut openssl = std::process::Command::new("openssl");
+            let output = openssl.current_dir(dir.path()).args(words.split_whitespace()).output();
+            let output = output.expect("openssl is needed: it makes the certificates of the test servers");
+            assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+        Certificates { authority: read("ca.pem"), server: read("server.pem"), key: read("key.pem") }
+    });
+    &MADE
+}
 
 type Tls = StreamOwned<ServerConnection, TcpStream>;
 type Answer = Arc<dyn Fn(&str, &mut Tls) -> io::Result<()> + Send + Sync>;
@@ -36,8 +63,9 @@ impl Server {
     fn new(answer: impl Fn(&str, &mut Tls) -> io::Result<()> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let chain = CertificateDer::pem_slice_iter(CHAIN.as_bytes()).map(Result::unwrap).collect();
-        let key = PrivateKeyDer::from_pem_slice(KEY.as_bytes()).unwrap();
+        let chain =
+            CertificateDer::pem_slice_iter(certificates().server.as_bytes()).map(Result::unwrap).collect();
+        let key = PrivateKeyDer::from_pem_slice(certificates().key.as_bytes()).unwrap();
         let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
@@ -82,7 +110,7 @@ impl Server {
         HttpsPolicy {
             hosts: hosts.into(),
             allow_addresses: vec!["127.0.0.1".parse().unwrap()],
-            ca_pem: Some(CA.into()),
+            ca_pem: Some(certificates().authority.as_str().into()),
             connect_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(10),
             timeout: Duration::from_secs(30),

@@ -146,8 +146,11 @@ async fn bad_specs_are_refused_with_the_field_named_and_nothing_is_stored() {
     assert_violation(&client, ok().secret_env("A", "vault:x"), "spec.secrets", "UNSUPPORTED").await;
     let foreign = ok().input("/inputs/x", "artifact:uploads/another-tenant/x/y");
     assert_violation(&client, foreign, "spec.inputs[0].uri", "FORBIDDEN").await;
-    let nonsense = ok().input("/inputs/x", "https://example.invalid/x");
+    let nonsense = ok().input("/inputs/x", "gopher://example.invalid/x");
     assert_violation(&client, nonsense, "spec.inputs[0].uri", "INVALID").await;
+    let elsewhere = ok().input("/inputs/x", "https://example.invalid/x");
+    assert_violation(&client, elsewhere.clone(), "spec.inputs[0].uri", "FORBIDDEN").await;
+    assert_violation(&client, elsewhere, "spec.inputs[0].sha256", "REQUIRED").await;
     let digest = proto::Input {
         path: "/inputs/x".into(),
         source: Some(proto::input::Source::Inline("x".into())),
