@@ -166,18 +166,21 @@ impl Wanted {
             pattern: output.glob.then(|| output.pattern().ok()).flatten(),
             left: output.max_bytes.unwrap_or(limits.output_bytes).saturating_add(1),
         });
+        let outputs: Vec<WantedOutput> = outputs.collect();
+        let deepest = outputs.iter().map(|output| output.place.components().count()).max().unwrap_or(0);
         Self {
             target: plan.mounts[mount].target.clone(),
-            outputs: outputs.collect(),
+            outputs,
             // One more than may be published, so that publishing sees that there are more.
             entries_left: limits.output_entries.saturating_add(1 + spec.outputs.len() as u64),
-            depth: limits.depth,
+            // Counted from an output's own place by publishing.
+            depth: limits.depth.saturating_add(deepest),
         }
     }
 
-    /// Whether a directory is part of an output, on the way to one, or may hold what a pattern matches.
-    fn concerns(&self, path: &Path) -> bool {
-        self.outputs.iter().any(|output| path.starts_with(&output.place) || output.place.starts_with(path))
+    /// Whether it is on the way to an output's place.
+    fn is_on_the_way(&self, path: &Path) -> bool {
+        self.outputs.iter().any(|output| output.place.starts_with(path))
     }
 
     /// The outputs that publishing would store this in: every one that is no glob and has it, else the first glob that does.
@@ -285,10 +288,9 @@ fn unpack_entries<R: io::Read>(
         let raw = entry.path_bytes().into_owned();
         let Some(path) = below_top(Path::new(OsStr::from_bytes(&raw))) else { continue };
         let kind = entry.header().entry_type();
-        let is_wanted = match kind {
-            EntryType::Directory => wanted.concerns(&path),
-            _ => !wanted.owners(&path).is_empty(),
-        };
+        // Other directories are made for what is in them, so that they use up no count.
+        let is_wanted =
+            !wanted.owners(&path).is_empty() || kind == EntryType::Directory && wanted.is_on_the_way(&path);
         // One deeper than may be published, so that publishing sees that it is too deep.
         let fits = path.components().count() <= wanted.depth + 1 && wanted.entries_left > 0;
         if path.as_os_str().is_empty() || !is_wanted || !fits {
@@ -342,7 +344,14 @@ fn file(
     wanted: &mut Wanted,
 ) -> Result<(), Failure> {
     let Some(keep) = wanted.keep(path, size) else { return Ok(()) };
-    let mut file = to.create_file(path, 0o600)?;
+    let mut file = match to.create_file(path, 0o600) {
+        // Its directory is no output's, so it was not made.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            to.create_dir_all(path.parent().unwrap_or(Path::new("")), 0o700)?;
+            to.create_file(path, 0o600)?
+        }
+        made => made?,
+    };
     copy(from, &mut file, keep).map_err(|error| match error {
         Copy::From(error) => broken(error),
         Copy::To(error) => Failure::Local(error),
@@ -398,7 +407,12 @@ fn placeholder(to: &Root, path: &Path, kind: Placeholder) -> Result<(), Failure>
     let (Some(name), above) = (path.file_name(), path.parent().unwrap_or(Path::new(""))) else {
         return Ok(());
     };
-    let above = if above.as_os_str().is_empty() { to.clone() } else { to.directory(above)? };
+    let above = if above.as_os_str().is_empty() {
+        to.clone()
+    } else {
+        to.create_dir_all(above, 0o700)?;
+        to.directory(above)?
+    };
     let made = match kind {
         Placeholder::Symlink => rustix::fs::symlinkat("nowhere", above.as_fd(), name),
         Placeholder::Fifo => rustix::fs::mknodat(

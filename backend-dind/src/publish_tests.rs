@@ -103,6 +103,25 @@ fn a_pattern_takes_what_it_matches_and_other_files_do_not_use_up_its_limit() {
 }
 
 #[test]
+fn a_pattern_reaches_into_directories_that_are_no_outputs_themselves() {
+    let things = [
+        ("outputs", Thing::Dir),
+        ("outputs/a", Thing::Dir),
+        ("outputs/a/x.txt", Thing::File(b"x")),
+        ("outputs/b", Thing::Dir),
+        ("outputs/b/y.bin", Thing::File(b"y")),
+        ("outputs/hit.d", Thing::Dir),
+        ("outputs/hit.d/sub", Thing::Dir),
+        ("outputs/hit.d/sub/z", Thing::File(b"z")),
+    ];
+    let outputs = vec![output("/outputs/*/*.txt", true, None), output("/outputs/*.d", true, None)];
+    let (temp, _) = unpacked(&things, wanted(outputs));
+    assert_eq!(read(&temp, "a/x.txt").unwrap(), b"x");
+    assert_eq!(read(&temp, "hit.d/sub/z").unwrap(), b"z");
+    assert!(!temp.path().join("b").exists());
+}
+
+#[test]
 fn above_its_limit_an_output_keeps_its_length_and_not_its_bytes() {
     let things = [("outputs", Thing::Dir), ("outputs/a", Thing::File(&[7; 100_000]))];
     let (temp, _) = unpacked(&things, wanted(vec![output("/outputs/a", false, Some(10))]));
