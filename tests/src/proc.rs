@@ -29,7 +29,8 @@ fn state_and_parent(pid: i32) -> Option<(char, i32)> {
     Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
 }
 
-fn describe(pid: i32) -> String {
+/// A process as a line for people.
+pub fn describe(pid: i32) -> String {
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let line = String::from_utf8_lossy(&line).replace('\0', " ");
     let (state, parent) = state_and_parent(pid).unwrap_or(('?', 0));

@@ -283,6 +283,15 @@ impl Engine {
         ping().unwrap_or(false)
     }
 
+    /// The same as [`Self::processes`], for people: what each is, whose child, in which groups.
+    pub fn process_lines(&self) -> Vec<String> {
+        let line = |pid: i32| {
+            let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            format!("{} in {}", proc::describe(pid), groups.lines().next().unwrap_or_default())
+        };
+        self.processes().into_iter().map(line).collect()
+    }
+
     /// Live processes of its containers, seen from outside of it.
     pub fn processes(&self) -> Vec<i32> {
         proc::pids_in_control_groups_named(&self.cgroup())
