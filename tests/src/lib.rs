@@ -8,5 +8,6 @@ pub mod log;
 pub mod objects;
 pub mod place;
 pub mod proc;
+pub mod said;
 pub mod service;
 pub mod store;

@@ -18,7 +18,7 @@ use tokio::{
 };
 use worker_client::{Builder, Client, Event, Finished, RetryPolicy, StreamOptions, proto};
 
-use crate::{binaries, proc};
+use crate::{binaries, proc, said};
 
 /// What a test waits at most for anything.
 pub const DEADLINE: Duration = Duration::from_secs(120);
@@ -291,11 +291,9 @@ impl Drop for Service {
         proc::kill_with_argument_below(self.dir.path());
         self.remove_control_groups();
         if std::thread::panicking() {
-            let log = self.log();
-            let tail: Vec<&str> = log.lines().rev().take(60).collect();
             #[allow(clippy::print_stderr, reason = "a failed test shows what the service said")]
-            for line in tail.iter().rev() {
-                eprintln!("service: {line}");
+            {
+                eprintln!("service:\n{}", said::tail(self.log().lines()));
             }
         }
     }

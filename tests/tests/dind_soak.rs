@@ -204,8 +204,13 @@ async fn two_hundred_runs_end_truly_though_engine_and_service_are_ended_twice_ea
 
     assert_eq!(runs.len(), RUNS);
     let mut causes: BTreeMap<String, usize> = BTreeMap::new();
+    let mut taken = Vec::new();
     for (number, _, watched) in &runs {
-        *causes.entry(judge(*number, watched).as_str_name().to_owned()).or_default() += 1;
+        let cause = judge(*number, watched);
+        *causes.entry(cause.as_str_name().to_owned()).or_default() += 1;
+        if cause != proto::Cause::Exited {
+            taken.push(format!("run {number}: {}", watched.end().outcome.message));
+        }
     }
     // The same again, from the store alone.
     let client = service.client();
@@ -219,9 +224,9 @@ async fn two_hundred_runs_end_truly_though_engine_and_service_are_ended_twice_ea
     let exited = causes.get("CAUSE_EXITED").copied().unwrap_or(0);
     #[allow(clippy::print_stdout, reason = "what was seen is worth knowing")]
     {
-        println!("causes: {causes:?}");
+        println!("causes: {causes:?} {taken:#?}");
     }
-    assert!(exited * 10 >= RUNS * 9, "an engine with live-restore takes few runs with it: {causes:?}");
+    assert!(exited * 10 >= RUNS * 9, "an engine with live-restore takes few runs with it: {causes:?} {taken:#?}");
     assert_nothing_left(&engine).await;
     assert_no_process(&engine).await;
     let ids: Vec<&str> = runs.iter().map(|(_, id, _)| id.as_str()).collect();

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use runner_core::{fake::log::MemoryLogs, log::LogStore};
 use runner_tests::log::Harness;
 
@@ -13,8 +14,9 @@ impl Harness for Memory {
         Arc::new(self.0.clone())
     }
 
-    fn reopen(&mut self) {
+    fn reopen(&mut self) -> BoxFuture<'_, ()> {
         self.0 = self.0.clone();
+        Box::pin(std::future::ready(()))
     }
 }
 

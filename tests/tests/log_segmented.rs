@@ -3,25 +3,28 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use runner_artifacts::{
     directory::DirectoryArtifacts,
     log::{Options, SegmentedLogs},
 };
 use runner_core::{artifact::ArtifactStore, clock::SystemClock, log::LogStore};
-use runner_tests::log::{Harness, store::FaultyStore};
+use runner_tests::log::{Harness, process::Process, store::FaultyStore};
 
 struct Segmented {
     store: Arc<dyn ArtifactStore>,
     /// Removed after the store.
     _directory: Option<tempfile::TempDir>,
     options: Options,
+    /// What the logs of now reach the store through.
+    process: Arc<Process>,
     logs: Arc<dyn LogStore>,
 }
 
 impl Segmented {
     fn new(store: Arc<dyn ArtifactStore>, options: Options) -> Self {
-        let logs = Self::make(&store, &options);
-        Self { store, _directory: None, options, logs }
+        let (process, logs) = Self::make(&store, &options);
+        Self { store, _directory: None, options, process, logs }
     }
 
     fn in_a_directory(options: Options) -> Self {
@@ -30,8 +33,10 @@ impl Segmented {
         Self { _directory: Some(directory), ..Self::new(Arc::new(store), options) }
     }
 
-    fn make(store: &Arc<dyn ArtifactStore>, options: &Options) -> Arc<dyn LogStore> {
-        Arc::new(SegmentedLogs::new(store.clone(), Arc::new(SystemClock::new()), options.clone()))
+    fn make(store: &Arc<dyn ArtifactStore>, options: &Options) -> (Arc<Process>, Arc<dyn LogStore>) {
+        let process = Process::over(store.clone());
+        let logs = SegmentedLogs::new(process.clone(), Arc::new(SystemClock::new()), options.clone());
+        (process, Arc::new(logs))
     }
 }
 
@@ -40,8 +45,12 @@ impl Harness for Segmented {
         self.logs.clone()
     }
 
-    fn reopen(&mut self) {
-        self.logs = Self::make(&self.store, &self.options);
+    fn reopen(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            // Tasks of the logs live on in this process. They end as those of a killed one do: between two changes.
+            self.process.die().await;
+            (self.process, self.logs) = Self::make(&self.store, &self.options);
+        })
     }
 }
 

@@ -16,7 +16,7 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use rustix::process::{Pid, Signal};
 
 use super::tls::{self, ClientCertificate};
-use crate::{backend::Missing, place::Place, proc};
+use crate::{backend::Missing, place::Place, proc, said};
 
 /// How often an engine is looked at until it answers, or has ended: for 60 seconds.
 const LOOKS: u32 = 1200;
@@ -262,12 +262,12 @@ impl Engine {
         self.place.path().join("dockerd.log")
     }
 
-    /// The end of what it said.
+    /// The end of what it said, without what it says of each container that ends.
     pub fn log_tail(&self) -> String {
         let log = fs::read(self.log_path()).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
-        let lines: Vec<&str> = log.lines().rev().take(40).collect();
-        lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+        let usual = ["level=info", "level=debug", "cleaning up after shim", "cleanup warnings"];
+        let unusual = |line: &&str| !usual.iter().any(|part| line.contains(part));
+        said::tail(String::from_utf8_lossy(&log).lines().filter(unusual))
     }
 
     /// Whether it answers a ping. Blocks, needs no runtime.
@@ -292,9 +292,16 @@ impl Engine {
         self.processes().into_iter().map(line).collect()
     }
 
-    /// Live processes of its containers, seen from outside of it.
+    /// Live processes of its containers' programs, seen from outside of it.
+    ///
+    /// Without those that have not executed the program yet: an engine that ends between making a container's first process and
+    /// starting it forgets that process, which waits for ever, has done nothing of the workload, and cannot be seen or removed
+    /// through the engine's interface.
     pub fn processes(&self) -> Vec<i32> {
-        proc::pids_in_control_groups_named(&self.cgroup())
+        let unborn = |pid: &i32| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("runc:["))
+        };
+        proc::pids_in_control_groups_named(&self.cgroup()).into_iter().filter(|pid| !unborn(pid)).collect()
     }
 }
 
@@ -303,7 +310,7 @@ impl Drop for Engine {
         if std::thread::panicking() {
             #[allow(clippy::print_stderr, reason = "a failed test shows what the engine said")]
             {
-                eprintln!("{}", self.log_tail());
+                eprintln!("engine:\n{}", self.log_tail());
             }
         }
     }

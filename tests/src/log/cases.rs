@@ -87,7 +87,7 @@ pub async fn what_was_flushed_survives_a_restart(harness: &mut dyn Harness) {
     let (logs, id) = filled(harness, 5000).await;
     logs.flush(id).await.unwrap();
     drop(logs);
-    harness.reopen();
+    harness.reopen().await;
     let logs = harness.logs();
     check_pattern(&collect(&logs, &tenant("t"), id, 0, false).await.unwrap(), 0, 5000);
     assert_eq!(logs.open(&tenant("t"), id, false).await.unwrap(), 5000);
@@ -108,7 +108,7 @@ pub async fn a_restarted_source_goes_on_from_the_durable_offset(harness: &mut dy
         // Perhaps not durable: the source has it still.
         logs.append(id, vec![data(end, 50)]).await.unwrap();
         drop(logs);
-        harness.reopen();
+        harness.reopen().await;
         durable = harness.logs().open(&tenant("t"), id, false).await.unwrap();
         assert!((end..=end + 50).contains(&durable), "{durable}");
         check_pattern(&collect(&harness.logs(), &tenant("t"), id, 0, false).await.unwrap(), 0, durable);
@@ -198,7 +198,7 @@ pub async fn a_reader_may_come_before_the_log_is_opened(harness: &mut dyn Harnes
     check_pattern(&soon(stream.next()).await.unwrap().unwrap(), 0, 10);
     logs.flush(id).await.unwrap();
     drop((stream, logs));
-    harness.reopen();
+    harness.reopen().await;
     let logs = harness.logs();
     let mut stream = logs.read(&tenant("t"), id, 0, true);
     check_pattern(&soon(stream.next()).await.unwrap().unwrap(), 0, 10);
@@ -283,7 +283,7 @@ pub async fn a_seal_survives_a_restart(harness: &mut dyn Harness) {
     let (logs, id) = filled(harness, 5000).await;
     let summary = logs.seal(&tenant("t"), id).await.unwrap();
     drop(logs);
-    harness.reopen();
+    harness.reopen().await;
     let logs = harness.logs();
     check_pattern(&collect(&logs, &tenant("t"), id, 0, true).await.unwrap(), 0, 5000);
     assert_eq!(logs.seal(&tenant("t"), id).await.unwrap(), summary);
@@ -296,7 +296,7 @@ pub async fn a_log_can_be_sealed_by_the_next_process(harness: &mut dyn Harness) 
     logs.append(id, vec![truncated(5000, 10)]).await.unwrap();
     logs.flush(id).await.unwrap();
     drop(logs);
-    harness.reopen();
+    harness.reopen().await;
     let logs = harness.logs();
     // Not opened: the source may be gone.
     assert_eq!(logs.seal(&tenant("t"), id).await.unwrap(), LogSummary { end: 5010, dropped: 10 });
@@ -332,7 +332,7 @@ pub async fn opening_a_sealed_log_answers_its_end(harness: &mut dyn Harness) {
     assert_eq!(logs.open(&tenant("t"), id, false).await.unwrap(), 100);
     assert!(matches!(logs.append(id, vec![data(100, 1)]).await, Err(LogError::Sealed { .. })));
     drop(logs);
-    harness.reopen();
+    harness.reopen().await;
     assert_eq!(harness.logs().open(&tenant("t"), id, false).await.unwrap(), 100);
     assert!(matches!(harness.logs().append(id, vec![data(100, 1)]).await, Err(LogError::Sealed { .. })));
 }
@@ -355,7 +355,7 @@ pub async fn an_empty_log_reads_as_empty(harness: &mut dyn Harness) {
     assert_eq!(logs.seal(&tenant("t"), id).await.unwrap(), LogSummary::default());
     assert_eq!(collect(&logs, &tenant("t"), id, 0, true).await.unwrap(), []);
     drop(logs);
-    harness.reopen();
+    harness.reopen().await;
     assert_eq!(collect(&harness.logs(), &tenant("t"), id, 0, true).await.unwrap(), []);
 }
 
@@ -403,7 +403,7 @@ pub async fn streams_times_and_reasons_come_back(harness: &mut dyn Harness) {
     logs.append(id, source.clone()).await.unwrap();
     logs.seal(&tenant("t"), id).await.unwrap();
     drop(logs);
-    harness.reopen();
+    harness.reopen().await;
     assert_eq!(collect(&harness.logs(), &tenant("t"), id, 0, true).await.unwrap(), source);
 }
 

@@ -5,12 +5,13 @@
 pub mod bench;
 pub mod cases;
 pub mod plans;
+pub mod process;
 pub mod store;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, future::BoxFuture};
 use runner_core::{
     clock::{Clock, IdGen as _, SystemClock, SystemIds, Timestamp},
     id::{AttemptId, TenantId},
@@ -24,8 +25,9 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 pub trait Harness: Send {
     /// The store of this "process".
     fn logs(&self) -> Arc<dyn LogStore>;
-    /// The "process" dies, and another starts over the same stored data.
-    fn reopen(&mut self);
+    /// The "process" dies, and another starts over the same stored data. Nothing that the first had under way happens after
+    /// this has returned.
+    fn reopen(&mut self) -> BoxFuture<'_, ()>;
 }
 
 /// A new attempt of a new run.

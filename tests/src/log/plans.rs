@@ -90,7 +90,7 @@ async fn one(
             }
             Step::Restart => {
                 drop(logs);
-                harness.reopen();
+                harness.reopen().await;
                 let found = soon(harness.logs().open(&t, id, false)).await.unwrap();
                 prop_assert!(found >= durable && found <= end, "{durable} was durable, {found} was found");
                 durable = found;
@@ -108,7 +108,7 @@ async fn one(
     drop(logs);
     for (number, index) in reads.iter().enumerate() {
         if number == 2 {
-            harness.reopen();
+            harness.reopen().await;
         }
         let from = at(index, end);
         check_pattern(&collect(&harness.logs(), &t, id, from, true).await.unwrap(), from, end);
