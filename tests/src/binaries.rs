@@ -12,27 +12,29 @@ type Built = OnceLock<Result<PathBuf, String>>;
 fn folder(built: &Built, wanted: &[&str]) -> Result<PathBuf, String> {
     let make = || match std::env::var_os("RUNNER_TEST_BINARIES") {
         Some(folder) => Ok(folder.into()),
-        None => build(wanted),
+        None => cargo(&[&["build", "--quiet"], wanted].concat()),
     };
     built.get_or_init(make).clone()
 }
 
-fn build(wanted: &[&str]) -> Result<PathBuf, String> {
+/// Runs cargo in the workspace, in the profile of this test's build. Answers the folder of its programs.
+fn cargo(args: &[&str]) -> Result<PathBuf, String> {
     let own = std::env::current_exe().map_err(|error| format!("find this test's program: {error}"))?;
-    // target/PROFILE/deps/TEST-HASH
-    let folder = own.parent().and_then(Path::parent).ok_or("this test's program lies nowhere")?.to_owned();
+    // target/PROFILE/deps/TEST-HASH, or target/PROFILE/PROGRAM
+    let folder = own.parent().ok_or("this test's program lies nowhere")?;
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--quiet"]).args(wanted);
+    command.args(args);
     if folder.file_name().is_some_and(|name| name == "release") {
         command.arg("--release");
     }
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("the workspace lies nowhere")?;
     let output = command.current_dir(workspace).output().map_err(|error| format!("start cargo: {error}"))?;
     if output.status.success() {
-        Ok(folder)
+        Ok(folder.to_owned())
     } else {
-        Err(format!("build the programs: {}", String::from_utf8_lossy(&output.stderr)))
+        Err(format!("cargo {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr)))
     }
 }
 
@@ -50,50 +52,17 @@ pub fn agent() -> Result<PathBuf, String> {
     program(folder(&BUILT, &["--bins", "--package", "runner-agent"]), "runner-agent")
 }
 
-/// The shim as it goes into containers: linked statically. `runner-agent-static` of `RUNNER_TEST_BINARIES` where that is set.
+/// The shim as it goes into containers: linked statically. Made by `cargo xtask agent`, which knows how.
 ///
 /// # Errors
 /// Where it cannot be built.
 pub fn static_agent() -> Result<PathBuf, String> {
     static BUILT: Built = OnceLock::new();
-    let make = || {
-        if let Some(folder) = std::env::var_os("RUNNER_TEST_BINARIES") {
-            return Ok(PathBuf::from(folder).join("runner-agent-static"));
-        }
-        let own = std::env::current_exe().map_err(|error| format!("find this test's program: {error}"))?;
-        // target/PROFILE/deps/TEST-HASH, or target/PROFILE/PROGRAM
-        let folders =
-            own.ancestors().skip(if own.ancestors().any(|path| path.ends_with("deps")) { 3 } else { 2 });
-        let target = { folders }.next().ok_or("this test's program lies nowhere")?.join("static");
-        let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("the workspace lies nowhere")?;
-        let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args([
-                "build",
-                "--quiet",
-                "--package",
-                "runner-agent",
-                "--bin",
-                "runner-agent",
-                "--no-default-features",
-            ])
-            .args(["--target", &triple, "--target-dir"])
-            .arg(&target)
-            .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols -C opt-level=s")
-            .current_dir(workspace)
-            .output()
-            .map_err(|error| format!("start cargo: {error}"))?;
-        if output.status.success() {
-            Ok(target.join(triple).join("debug/runner-agent"))
-        } else {
-            Err(format!("build the static agent: {}", String::from_utf8_lossy(&output.stderr)))
-        }
+    let make = || match std::env::var_os("RUNNER_TEST_BINARIES") {
+        Some(folder) => Ok(folder.into()),
+        None => cargo(&["run", "--quiet", "--package", "xtask", "--", "agent"]),
     };
-    program_at(BUILT.get_or_init(make).clone()?)
-}
-
-fn program_at(path: PathBuf) -> Result<PathBuf, String> {
-    if path.is_file() { Ok(path) } else { Err(format!("there is no {}", path.display())) }
+    program(BUILT.get_or_init(make).clone(), "runner-agent-static")
 }
 
 /// The service. The shim lies beside it.

@@ -226,7 +226,10 @@ async fn two_hundred_runs_end_truly_though_engine_and_service_are_ended_twice_ea
     {
         println!("causes: {causes:?} {taken:#?}");
     }
-    assert!(exited * 10 >= RUNS * 9, "an engine with live-restore takes few runs with it: {causes:?} {taken:#?}");
+    assert!(
+        exited * 10 >= RUNS * 9,
+        "an engine with live-restore takes few runs with it: {causes:?} {taken:#?}"
+    );
     assert_nothing_left(&engine).await;
     assert_no_process(&engine).await;
     let ids: Vec<&str> = runs.iter().map(|(_, id, _)| id.as_str()).collect();

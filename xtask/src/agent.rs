@@ -27,8 +27,8 @@ pub(crate) fn run(release: bool) -> Result<()> {
     let folder = process::target()?.join(profile);
     fs::create_dir_all(&folder)?;
     let place = folder.join("runner-agent-static");
-    // Over one that runs: a name of its own first.
-    let aside = folder.join(".runner-agent-static");
+    // Over one that runs: a name of its own first, and of this process's own, since tests of two packages may be here at once.
+    let aside = folder.join(format!(".runner-agent-static.{}", std::process::id()));
     fs::copy(&built, &aside).with_context(|| format!("copy {}", built.display()))?;
     fs::rename(&aside, &place)?;
     process::say(&format!("{}", place.display()));

@@ -207,14 +207,14 @@ fn execute(dir: &Path, spec: &ExecSpec, clock: &SystemClock, ending: &Reserved, 
     if !watch.drain(DRAIN) {
         watch.note("shim", format!("an output was still open {DRAIN:?} after the death of all processes"));
     }
-    if watch.spool.has_failed() {
+    if watch.parts.spool.has_failed() {
         // The log's own word of what is missing fits into this.
         ending.give_way();
     }
-    for note in watch.spool.finish(clock) {
+    for note in watch.parts.spool.finish(clock) {
         watch.note("shim", note);
     }
-    let log_bytes = watch.spool.end();
+    let log_bytes = watch.parts.spool.end();
     let seen = std::mem::take(&mut watch.seen);
     let counters = spec.cgroup.as_ref().or(own_groups.as_ref()).map(cgroup::counters).unwrap_or_default();
     let mut record = judge(seen, counters, log_bytes, clock);

@@ -122,34 +122,7 @@ pub(crate) struct Seen {
     pub(crate) evidence: Vec<(String, String)>,
 }
 
-/// Watches one workload.
-#[derive(Debug)]
-pub(crate) struct Watch<'a> {
-    pub(crate) clock: &'a SystemClock,
-    pub(crate) spec: &'a ExecSpec,
-    pub(crate) dir: &'a Path,
-    pub(crate) spool: Spool,
-    pub(crate) control: Control,
-    pub(crate) signals: OwnedFd,
-    pub(crate) channel: OwnedFd,
-    pub(crate) first: Pid,
-    pub(crate) first_handle: OwnedFd,
-    pub(crate) outputs: Vec<Output>,
-    pub(crate) input: Input,
-    pub(crate) link: Option<SharedOut>,
-    pub(crate) seen: Seen,
-    begun: Duration,
-    channel_open: bool,
-    pending: Option<PendingInput>,
-    terminal: Option<OwnedFd>,
-    program: Program,
-    /// The program's pid, for the record.
-    pid: i32,
-    ending: Option<Ending>,
-    buffer: Vec<u8>,
-}
-
-/// The parts of a [`Watch`].
+/// What a [`Watch`] is made of.
 #[derive(Debug)]
 pub(crate) struct Parts<'a> {
     pub(crate) clock: &'a SystemClock,
@@ -166,37 +139,28 @@ pub(crate) struct Parts<'a> {
     pub(crate) link: Option<SharedOut>,
 }
 
+/// Watches one workload.
+#[derive(Debug)]
+pub(crate) struct Watch<'a> {
+    pub(crate) parts: Parts<'a>,
+    pub(crate) seen: Seen,
+    begun: Duration,
+    channel_open: bool,
+    pending: Option<PendingInput>,
+    terminal: Option<OwnedFd>,
+    program: Program,
+    /// The program's pid, for the record.
+    pid: i32,
+    ending: Option<Ending>,
+    buffer: Vec<u8>,
+}
+
 impl<'a> Watch<'a> {
     pub(crate) fn new(parts: Parts<'a>) -> Self {
-        let Parts {
-            clock,
-            spec,
-            dir,
-            spool,
-            control,
-            signals,
-            channel,
-            first,
-            first_handle,
-            outputs,
-            input,
-            link,
-        } = parts;
         Self {
-            clock,
-            spec,
-            dir,
-            spool,
-            control,
-            signals,
-            channel,
-            first,
-            first_handle,
-            outputs,
-            input,
-            link,
+            begun: parts.clock.monotonic(),
+            parts,
             seen: Seen::default(),
-            begun: clock.monotonic(),
             channel_open: true,
             pending: None,
             terminal: None,
@@ -217,7 +181,7 @@ impl<'a> Watch<'a> {
             }
             self.take_outputs(&ready.outputs);
             if ready.listener {
-                self.control.accept();
+                self.parts.control.accept();
             }
             self.serve_control();
             self.serve_link();
@@ -225,7 +189,7 @@ impl<'a> Watch<'a> {
                 self.take_signals();
                 self.reap();
             }
-            self.spool.tick(self.clock);
+            self.parts.spool.tick(self.parts.clock);
         }
         // What it sent before its end.
         self.take_messages();
@@ -235,7 +199,7 @@ impl<'a> Watch<'a> {
 
     /// Waits for anything to happen, or the next deadline.
     fn wait(&self) -> Ready {
-        let now = self.clock.monotonic();
+        let now = self.parts.clock.monotonic();
         let timeout = self.next_deadline(now).map(|at| {
             let left = at.saturating_sub(now);
             Timespec {
@@ -249,29 +213,30 @@ impl<'a> Watch<'a> {
         let listening =
             |output: &Output| started && output.open && output.paused.is_none_or(|until| until <= now);
         let mut fds: Vec<PollFd<'_>> = self
+            .parts
             .outputs
             .iter()
             .filter(|output| listening(output))
             .map(|output| PollFd::new(&output.fd, PollFlags::IN))
             .collect();
-        fds.push(PollFd::new(&self.signals, PollFlags::IN));
-        fds.push(PollFd::from_borrowed_fd(self.control.listener(), PollFlags::IN));
+        fds.push(PollFd::new(&self.parts.signals, PollFlags::IN));
+        fds.push(PollFd::from_borrowed_fd(self.parts.control.listener(), PollFlags::IN));
         if self.channel_open {
-            fds.push(PollFd::new(&self.channel, PollFlags::IN));
+            fds.push(PollFd::new(&self.parts.channel, PollFlags::IN));
         }
         if self.pending.is_some()
-            && let Input::Pipe(fd) | Input::Terminal(fd) = &self.input
+            && let Input::Pipe(fd) | Input::Terminal(fd) = &self.parts.input
         {
             fds.push(PollFd::new(fd, PollFlags::OUT));
         }
-        if let Some(requests) = self.control.link_interest() {
+        if let Some(requests) = self.parts.control.link_interest() {
             fds.push(PollFd::from_borrowed_fd(requests, PollFlags::IN));
         }
-        let link = self.link.as_ref().map(|link| link.borrow());
+        let link = self.parts.link.as_ref().map(|link| link.borrow());
         if let Some(full) = link.as_ref().and_then(|link| link.interest()) {
             fds.push(PollFd::from_borrowed_fd(full, PollFlags::OUT));
         }
-        for interest in self.control.interests() {
+        for interest in self.parts.control.interests() {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, interest.read);
             flags.set(PollFlags::OUT, interest.write);
@@ -284,7 +249,7 @@ impl<'a> Watch<'a> {
         let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
         let mut next = || ready.next().unwrap_or(false);
         Ready {
-            outputs: self.outputs.iter().map(|output| listening(output) && next()).collect(),
+            outputs: self.parts.outputs.iter().map(|output| listening(output) && next()).collect(),
             signals: next(),
             listener: next(),
             channel: self.channel_open && next(),
@@ -295,27 +260,28 @@ impl<'a> Watch<'a> {
         let ending = match self.ending {
             _ if self.seen.ended.is_some() => None,
             None => Some(match self.seen.started {
-                Some(started) => started.saturating_add(self.spec.timeout),
+                Some(started) => started.saturating_add(self.parts.spec.timeout),
                 None => self.begun + SET_UP,
             }),
             Some(Ending { killed_at: None, kill_at, .. }) => Some(kill_at),
             Some(Ending { killed_at: Some(at), insisted: false, .. }) => Some(at + INSIST),
             Some(Ending { insisted: true, .. }) => None,
         };
-        let paused = self.outputs.iter().filter(|output| output.open).filter_map(|output| output.paused);
+        let paused =
+            self.parts.outputs.iter().filter(|output| output.open).filter_map(|output| output.paused);
         let paused = paused.filter(|&until| until > now).min();
-        [ending, self.spool.next_tick(), paused].into_iter().flatten().min()
+        [ending, self.parts.spool.next_tick(), paused].into_iter().flatten().min()
     }
 
     fn keep_deadlines(&mut self) {
         if self.seen.ended.is_some() {
             return;
         }
-        let now = self.clock.monotonic();
+        let now = self.parts.clock.monotonic();
         match self.ending {
             None => match self.seen.started {
-                Some(started) if now >= started.saturating_add(self.spec.timeout) => {
-                    self.begin_ending(ExitReason::TimedOut, self.spec.stop_grace);
+                Some(started) if now >= started.saturating_add(self.parts.spec.timeout) => {
+                    self.begin_ending(ExitReason::TimedOut, self.parts.spec.stop_grace);
                 }
                 None if now >= self.begun + SET_UP && self.seen.fault.is_none() => {
                     self.seen.fault = Some(format!("the set-up took longer than {SET_UP:?}"));
@@ -344,7 +310,7 @@ impl<'a> Watch<'a> {
 
     fn kill_first(&self) {
         // ESRCH: it is gone already.
-        let _ = rustix::process::pidfd_send_signal(&self.first_handle, Signal::KILL);
+        let _ = rustix::process::pidfd_send_signal(&self.parts.first_handle, Signal::KILL);
     }
 
     /// Asks the program to end, unless it has by itself.
@@ -353,7 +319,7 @@ impl<'a> Watch<'a> {
         if self.seen.ended.is_some() || self.seen.fault.is_some() {
             return;
         }
-        let now = self.clock.monotonic();
+        let now = self.parts.clock.monotonic();
         let ending = Ending { reason, kill_at: now.saturating_add(grace), killed_at: None, insisted: false };
         match &self.program {
             Program::Unborn => {
@@ -378,14 +344,16 @@ impl<'a> Watch<'a> {
     fn stop(&mut self, reason: ExitReason, grace: Duration) {
         match &mut self.ending {
             None => self.begin_ending(reason, grace),
-            Some(ending) => ending.kill_at = ending.kill_at.min(self.clock.monotonic().saturating_add(grace)),
+            Some(ending) => {
+                ending.kill_at = ending.kill_at.min(self.parts.clock.monotonic().saturating_add(grace))
+            }
         }
     }
 
     /// Takes what the workload's processes tell.
     fn take_messages(&mut self) {
         while self.channel_open {
-            match child::receive(&self.channel) {
+            match child::receive(&self.parts.channel) {
                 Ok(Some(message)) => self.take_message(message),
                 Ok(None) => self.channel_open = false,
                 Err(Errno::AGAIN) => return,
@@ -403,10 +371,10 @@ impl<'a> Watch<'a> {
                 let copies = (rustix::io::ioctl_fionbio(&fd, true), fd.try_clone(), fd.try_clone());
                 match copies {
                     (Ok(()), Ok(for_output), Ok(for_size)) => {
-                        self.outputs.push(Output::new(for_output, LogStream::Terminal));
+                        self.parts.outputs.push(Output::new(for_output, LogStream::Terminal));
                         self.terminal = Some(for_size);
-                        if self.spec.stdin {
-                            self.input = Input::Terminal(fd);
+                        if self.parts.spec.stdin {
+                            self.parts.input = Input::Terminal(fd);
                         }
                     }
                     _ => self.seen.fault = Some("the terminal cannot be used".to_owned()),
@@ -419,12 +387,12 @@ impl<'a> Watch<'a> {
                 if self.seen.fault.is_some() {
                     return;
                 }
-                self.seen.started = Some(self.clock.monotonic());
-                let record = StartedRecord { time: self.clock.now(), pid: self.pid };
-                if let Err(error) = record::write(self.dir, name::STARTED, &record) {
+                self.seen.started = Some(self.parts.clock.monotonic());
+                let record = StartedRecord { time: self.parts.clock.now(), pid: self.pid };
+                if let Err(error) = record::write(self.parts.dir, name::STARTED, &record) {
                     self.note("shim", error.to_string());
                 }
-                if let Some(link) = &self.link {
+                if let Some(link) = &self.parts.link {
                     link.borrow_mut().record(Kind::Started, &record);
                 }
                 if let Some(error) = self.seen.not_executed {
@@ -432,7 +400,7 @@ impl<'a> Watch<'a> {
                 }
             }
             Message::Ended { status, cpu, max_memory_bytes } => {
-                let (at, time) = (self.clock.monotonic(), self.clock.now());
+                let (at, time) = (self.parts.clock.monotonic(), self.parts.clock.now());
                 self.seen.ended = Some(Ended { status, cpu, max_memory_bytes, at, time });
             }
         }
@@ -440,16 +408,16 @@ impl<'a> Watch<'a> {
 
     /// Says in the log, as a shell would, why the program could not be executed.
     fn tell_not_executed(&mut self, error: Errno) {
-        let program = self.spec.argv.first().map_or("", String::as_str);
+        let program = self.parts.spec.argv.first().map_or("", String::as_str);
         let text = match error {
             Errno::NOENT => format!("{program}: not found"),
             error => format!("{program}: {error}"),
         };
-        let (stream, end) = match self.spec.terminal {
+        let (stream, end) = match self.parts.spec.terminal {
             Some(_) => (LogStream::Terminal, "\r\n"),
             None => (LogStream::Stderr, "\n"),
         };
-        self.spool.append(self.clock, stream, format!("runner: {text}{end}").as_bytes());
+        self.parts.spool.append(self.parts.clock, stream, format!("runner: {text}{end}").as_bytes());
         self.note("shim", format!("cannot execute {text}"));
     }
 
@@ -468,20 +436,20 @@ impl<'a> Watch<'a> {
         };
         // It may have ended, and its pid been given to another, before the handle was had.
         match record::stat(self.pid) {
-            Ok(Some(stat)) if stat.parent == self.first.as_raw_pid() => Program::Born { pid, handle },
+            Ok(Some(stat)) if stat.parent == self.parts.first.as_raw_pid() => Program::Born { pid, handle },
             _ => Program::Gone,
         }
     }
 
     /// Reads each ready output once.
     fn take_outputs(&mut self, ready: &[bool]) {
-        for (output, _) in self.outputs.iter_mut().zip(ready).filter(|(_, ready)| **ready) {
+        for (output, _) in self.parts.outputs.iter_mut().zip(ready).filter(|(_, ready)| **ready) {
             output.paused = None;
             match read(output, &mut self.buffer) {
-                Ok(Some(bytes)) => self.spool.append(self.clock, output.stream, bytes),
+                Ok(Some(bytes)) => self.parts.spool.append(self.parts.clock, output.stream, bytes),
                 // A terminal that nobody has open now may be opened again.
                 Ok(None) if output.stream == LogStream::Terminal => {
-                    output.paused = Some(self.clock.monotonic() + TERMINAL_PAUSE);
+                    output.paused = Some(self.parts.clock.monotonic() + TERMINAL_PAUSE);
                 }
                 Ok(None) => output.open = false,
                 Err(()) => {}
@@ -492,27 +460,28 @@ impl<'a> Watch<'a> {
     /// Reads what is left in the outputs after the death of all who could write, for at most `deadline`: another process
     /// may have been given an end of a pipe. Returns whether every end was seen.
     pub(crate) fn drain(&mut self, deadline: Duration) -> bool {
-        let end = self.clock.monotonic() + deadline;
-        for output in &mut self.outputs {
+        let end = self.parts.clock.monotonic() + deadline;
+        for output in &mut self.parts.outputs {
             output.paused = None;
         }
-        while self.outputs.iter().any(|output| output.open) {
-            let now = self.clock.monotonic();
+        while self.parts.outputs.iter().any(|output| output.open) {
+            let now = self.parts.clock.monotonic();
             if now >= end {
                 return false;
             }
             let left =
                 Timespec { tv_sec: 0, tv_nsec: 100_000_000.min((end - now).subsec_nanos().max(1)).into() };
             let mut fds: Vec<_> = self
+                .parts
                 .outputs
                 .iter()
                 .filter(|output| output.open)
                 .map(|output| PollFd::new(&output.fd, PollFlags::IN))
                 .collect();
             let _ = rustix::event::poll(&mut fds, Some(&left));
-            for output in self.outputs.iter_mut().filter(|output| output.open) {
+            for output in self.parts.outputs.iter_mut().filter(|output| output.open) {
                 match read(output, &mut self.buffer) {
-                    Ok(Some(bytes)) => self.spool.append(self.clock, output.stream, bytes),
+                    Ok(Some(bytes)) => self.parts.spool.append(self.parts.clock, output.stream, bytes),
                     Ok(None) => output.open = false,
                     Err(()) => {}
                 }
@@ -524,12 +493,13 @@ impl<'a> Watch<'a> {
     fn take_signals(&mut self) {
         // struct signalfd_siginfo; the first four bytes are the signal's number.
         let mut info = [0_u8; 128];
-        while let Ok(128) = rustix::io::read(&self.signals, &mut info) {
+        while let Ok(128) = rustix::io::read(&self.parts.signals, &mut info) {
             let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
             if number.cast_signed() == Signal::TERM.as_raw() {
                 // In a container our own request comes over the link: this is somebody else's.
-                let reason = if self.link.is_some() { ExitReason::Terminated } else { ExitReason::Stopped };
-                self.stop(reason, self.spec.stop_grace);
+                let reason =
+                    if self.parts.link.is_some() { ExitReason::Terminated } else { ExitReason::Stopped };
+                self.stop(reason, self.parts.spec.stop_grace);
             }
         }
     }
@@ -539,7 +509,9 @@ impl<'a> Watch<'a> {
     pub(crate) fn reap(&mut self) -> bool {
         loop {
             match sys::wait4(None, false) {
-                Ok(Some(ended)) if ended.pid == self.first.as_raw_pid() => self.seen.first = Some(ended),
+                Ok(Some(ended)) if ended.pid == self.parts.first.as_raw_pid() => {
+                    self.seen.first = Some(ended)
+                }
                 Ok(Some(_)) | Err(Errno::INTR) => {}
                 Ok(None) => return true,
                 // ECHILD. It cannot fail otherwise.

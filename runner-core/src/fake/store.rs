@@ -34,6 +34,8 @@ struct Inner {
     /// The order of listings.
     created: BTreeMap<(Timestamp, RunId), ()>,
     fault: Option<StoreError>,
+    /// How often a verb met the fault.
+    faults_met: u64,
 }
 
 #[derive(Debug)]
@@ -81,6 +83,11 @@ impl MemoryStore {
         self.lock().fault = fault;
     }
 
+    /// How many calls were answered with a fault so far.
+    pub fn faults_met(&self) -> u64 {
+        self.lock().faults_met
+    }
+
     /// Makes a run's row one that does not decode. Does nothing where there is no such run.
     pub fn corrupt(&self, id: RunId) {
         if let Some(row) = self.lock().runs.get_mut(&id) {
@@ -94,11 +101,12 @@ impl MemoryStore {
     }
 
     fn usable(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
-        let inner = self.lock();
-        match &inner.fault {
-            Some(fault) => Err(fault.clone()),
-            None => Ok(inner),
+        let mut inner = self.lock();
+        if let Some(fault) = inner.fault.clone() {
+            inner.faults_met += 1;
+            return Err(fault);
         }
+        Ok(inner)
     }
 }
 

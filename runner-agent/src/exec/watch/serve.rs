@@ -21,24 +21,24 @@ use super::{
 impl Watch<'_> {
     /// Sends what waits to go over the link.
     pub(super) fn serve_link(&mut self) {
-        let Some(link) = &self.link else { return };
+        let Some(link) = &self.parts.link else { return };
         let mut link = link.borrow_mut();
         link.flush();
-        for reply in self.control.take_link_replies() {
+        for reply in self.parts.control.take_link_replies() {
             link.record(Kind::Reply, &reply);
         }
     }
 
     pub(super) fn serve_control(&mut self) {
-        self.control.exchange();
+        self.parts.control.exchange();
         self.continue_input();
-        while let Some((from, request)) = self.control.next_request(self.pending.is_some()) {
+        while let Some((from, request)) = self.parts.control.next_request(self.pending.is_some()) {
             if let Some(reply) = self.serve(from, request) {
-                self.control.reply(from, &reply);
+                self.parts.control.reply(from, &reply);
             }
             self.continue_input();
             // The next request of the same connection may have come with it.
-            self.control.exchange();
+            self.parts.control.exchange();
         }
     }
 
@@ -50,13 +50,15 @@ impl Watch<'_> {
                 self.stop(ExitReason::Stopped, Duration::from_millis(grace_ms));
                 Some(ControlReply::Ok)
             }
-            ControlRequest::Release { offset } => match SpoolReader::open(self.dir, offset).release(offset) {
-                Ok(_) => Some(ControlReply::Ok),
-                Err(error) => refused(&error.to_string()),
-            },
+            ControlRequest::Release { offset } => {
+                match SpoolReader::open(self.parts.dir, offset).release(offset) {
+                    Ok(_) => Some(ControlReply::Ok),
+                    Err(error) => refused(&error.to_string()),
+                }
+            }
             ControlRequest::Resize(size) => {
                 let Some(terminal) = &self.terminal else {
-                    let coming = self.spec.terminal.is_some() && self.seen.started.is_none();
+                    let coming = self.parts.spec.terminal.is_some() && self.seen.started.is_none();
                     return refused(if coming { NOT_YET } else { "there is no terminal" });
                 };
                 let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
@@ -65,16 +67,16 @@ impl Watch<'_> {
                     Err(error) => refused(&error.to_string()),
                 }
             }
-            ControlRequest::Stdin(bytes) => match self.input {
+            ControlRequest::Stdin(bytes) => match self.parts.input {
                 Input::Pipe(_) | Input::Terminal(_) => {
                     self.pending = Some(PendingInput { from, bytes, then_close: false });
                     None
                 }
-                Input::None if self.spec.stdin => refused(NOT_YET),
+                Input::None if self.parts.spec.stdin => refused(NOT_YET),
                 Input::None => refused("the run has no standard input"),
                 Input::Closed => refused("standard input is closed"),
             },
-            ControlRequest::Eof => match &self.input {
+            ControlRequest::Eof => match &self.parts.input {
                 Input::Pipe(_) => {
                     self.pending = Some(PendingInput { from, bytes: Bytes::new(), then_close: true });
                     None
@@ -89,7 +91,7 @@ impl Watch<'_> {
                     }
                     Err(error) => refused(&error.to_string()),
                 },
-                Input::None if self.spec.stdin => refused(NOT_YET),
+                Input::None if self.parts.spec.stdin => refused(NOT_YET),
                 Input::None => refused("the run has no standard input"),
                 Input::Closed => Some(ControlReply::Ok),
             },
@@ -98,7 +100,7 @@ impl Watch<'_> {
 
     fn continue_input(&mut self) {
         let Some(pending) = &mut self.pending else { return };
-        let result = match &self.input {
+        let result = match &self.parts.input {
             Input::Pipe(fd) | Input::Terminal(fd) => pending.write(fd),
             Input::None | Input::Closed => Some(Err(Errno::PIPE)),
         };
@@ -106,12 +108,12 @@ impl Watch<'_> {
         let (from, close) = (pending.from, pending.then_close || result.is_err());
         self.pending = None;
         if close {
-            self.input = Input::Closed;
+            self.parts.input = Input::Closed;
         }
         let reply = match result {
             Ok(()) => ControlReply::Ok,
             Err(_) => ControlReply::Refused("the program has closed its standard input".to_owned()),
         };
-        self.control.reply(from, &reply);
+        self.parts.control.reply(from, &reply);
     }
 }
