@@ -2,37 +2,12 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use runner_core::{
-    id::{BackendName, InvalidId},
-    spec::User,
-};
+use runner_agent::backend::{DefaultUser, InvalidConfig};
+use runner_core::id::{BackendName, InvalidId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::images::ImagesConfig;
-
-/// Who a program runs as where its spec does not say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DefaultUser {
-    /// User id.
-    pub uid: u32,
-    /// Group id.
-    pub gid: u32,
-}
-
-impl Default for DefaultUser {
-    /// 65532, which images call `nonroot` or not at all.
-    fn default() -> Self {
-        Self { uid: 65532, gid: 65532 }
-    }
-}
-
-impl From<DefaultUser> for User {
-    fn from(user: DefaultUser) -> Self {
-        Self { uid: user.uid, gid: user.gid }
-    }
-}
 
 /// The files of a connection by TLS, PEM all three.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -123,16 +98,6 @@ fn default_name() -> BackendName {
         .expect("`dind` is a backend name")
 }
 
-/// A setting that cannot be.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {rule}")]
-pub struct InvalidConfig {
-    /// The field, for example `tls.key`.
-    pub field: String,
-    /// What it breaks, and what to do.
-    pub rule: String,
-}
-
 impl DindConfig {
     /// Checks what can be checked without the engine.
     ///
@@ -140,8 +105,7 @@ impl DindConfig {
     /// All bad fields at once.
     pub fn validate(&self) -> Result<(), Vec<InvalidConfig>> {
         let mut bad = Vec::new();
-        let mut add =
-            |field: &str, rule: &str| bad.push(InvalidConfig { field: field.into(), rule: rule.into() });
+        let mut add = |field: &str, rule: &str| bad.push(InvalidConfig::new(field, rule));
         if let Some(path) = self.host.strip_prefix("unix://") {
             if !path.starts_with('/') {
                 add("host", "the path of the socket must be absolute");
@@ -150,7 +114,8 @@ impl DindConfig {
                 add("tls", "is for tcp; a socket needs none");
             }
         } else if let Some(address) = self.host.strip_prefix("tcp://") {
-            if address.is_empty() || address.contains('/') {
+            let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+            if address.contains('/') || port.is_none() {
                 add("host", "must be tcp://HOST:PORT");
             } else if self.tls.is_none() && !is_loopback(address) {
                 add("tls", "is missing: an engine that takes requests without TLS gives its machine away");
@@ -172,8 +137,8 @@ impl DindConfig {
         for (field, rule) in self.images.faults() {
             add(&format!("images.{field}"), &rule);
         }
-        if self.default_user.uid == 0 && !self.allow_root_user {
-            add("default_user.uid", "is 0, which needs `allow_root_user = true`");
+        if let Some(fault) = self.default_user.fault(self.allow_root_user) {
+            add(&fault.field, &fault.rule);
         }
         if self.agent.as_ref().is_some_and(|path| !path.is_absolute()) {
             add("agent", "must be an absolute path");
@@ -229,7 +194,7 @@ mod tests {
             assert!(fields(here, false).is_empty(), "{here}");
         }
         assert_eq!(fields("unix:///run/x", true), ["tls"]);
-        for bad in ["unix://x", "http://x", "tcp://", "tcp://x/y", ""] {
+        for bad in ["unix://x", "http://x", "tcp://", "tcp://x/y", "tcp://x", ""] {
             assert_eq!(fields(bad, false), ["host"], "{bad}");
         }
     }

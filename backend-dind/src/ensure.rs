@@ -85,8 +85,8 @@ impl Shared {
         let mut pause = FIRST_PAUSE;
         let result = loop {
             let verbs = Arc::clone(&workload.verbs).lock_owned().await;
-            let staging = workload.begin_staging();
-            let stopped = staging.token.clone();
+            let staging = workload.staging.begin();
+            let stopped = staging.token().clone();
             let result = self.make(&workload, attempt, verbs, &stopped).await;
             drop(staging);
             match result {

@@ -1,11 +1,9 @@
 //! Failures, as kind and retriability.
 
+use runner_agent::backend::InvalidConfig;
 use runner_core::backend::{BackendError, BackendErrorKind};
 
-use crate::{
-    config::InvalidConfig,
-    engine::{EngineError, EngineErrorKind},
-};
+use crate::engine::{EngineError, EngineErrorKind};
 
 /// Why a Docker backend cannot be made.
 #[derive(Debug, thiserror::Error)]

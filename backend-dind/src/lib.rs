@@ -35,8 +35,9 @@ mod workload;
 
 pub use self::{
     backend::{DindBackend, DindParts},
-    config::{DefaultUser, DindConfig, InvalidConfig, TlsFiles},
+    config::{DindConfig, TlsFiles},
     engine::{Engine, EngineError, EngineErrorKind},
     error::OpenError,
     images::{ImageError, ImageErrorKind, ImageId, Images, ImagesConfig, PullPolicy, RegistryLogin},
 };
+pub use runner_agent::backend::{DefaultUser, InvalidConfig};

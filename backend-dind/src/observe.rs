@@ -11,6 +11,7 @@ use std::{
 use bollard::models::ContainerState;
 use futures::{StreamExt as _, stream, stream::BoxStream};
 use runner_agent::{
+    backend::{Counted, Ending, PublishRecord, judge},
     exec::protocol::{ExitRecord, StartedRecord, name},
     staging::StagedInputs,
 };
@@ -25,8 +26,7 @@ use crate::{
     backend::Shared,
     engine::EngineErrorKind,
     ensure::was_started,
-    error,
-    judge::{Ending, PublishRecord, judge},
+    error, judge,
     live::Live,
     logs::{LogFiles, Read},
     names::STOPPED,
@@ -180,9 +180,9 @@ impl Observer {
                 Ok(manifest.map(|manifest| Observation::Published { manifest }))
             }
             Step::End(published) => {
-                let bytes = self.input_bytes().await?;
+                let counted = Counted { input_bytes: self.input_bytes().await?, log_bytes: self.position };
                 let ending = self.ending.take().unwrap_or_else(|| self.lost("backend", "no end was seen"));
-                Ok(Some(Observation::Ended(judge(ending, bytes, self.position, published))))
+                Ok(Some(Observation::Ended(judge(ending, counted, published))))
             }
             Step::Over => Err(error::unsupported("observe: the observation is over")),
         }
@@ -316,9 +316,8 @@ impl Observer {
             Some(record) => Some(record),
             None => self.shared.read_json(name, name::EXIT).await?,
         };
-        let state = Box::new(state);
         if let Some(record) = record {
-            return Ok(Ending::Recorded { record: Box::new(record), state });
+            return Ok(judge::recorded(record, &state));
         }
         if self.shared.read_record(name, STOPPED).await?.is_some() {
             return Ok(Ending::Stopped { time: self.stopped_at(name).await?, started: true });
@@ -329,7 +328,7 @@ impl Observer {
         }
         let said = self.shared.read_record(name, name::ERRORS).await?.unwrap_or_default();
         let said = String::from_utf8_lossy(&said).trim().to_owned();
-        Ok(Ending::Died { state, said, time: self.shared.clock.now() })
+        Ok(judge::died(&state, said, self.shared.clock.now()))
     }
 
     fn gone(&self) -> Ending {
@@ -486,7 +485,9 @@ impl Observer {
     /// Publishes, or finds it done. `None`: there is nothing to publish.
     async fn publish(&self) -> Result<Option<PublishRecord>, BackendError> {
         let Some(ending) = &self.ending else { return Ok(None) };
-        if self.attempt.spec.outputs.is_empty() || !ending.may_have_outputs() {
+        // A container that is gone cannot be asked for any.
+        let can_be_had = ending.may_have_outputs() && !matches!(ending, Ending::Lost { .. });
+        if self.attempt.spec.outputs.is_empty() || !can_be_had {
             return Ok(None);
         }
         let mut published = self.workload.publishing.lock().await;

@@ -14,8 +14,9 @@ use std::{
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use runner_agent::staging::{
-    MountPlan, OutputPublishing, Published, Root, StagingLimits, publish_outputs, read_manifest,
+use runner_agent::{
+    backend::PublishRecord,
+    staging::{MountPlan, OutputPublishing, Root, StagingLimits, publish_outputs, read_manifest},
 };
 use runner_core::{
     artifact::ArtifactKey,
@@ -25,13 +26,7 @@ use runner_core::{
 use tar::EntryType;
 
 use crate::{
-    archive::StreamReader,
-    backend::Shared,
-    convert,
-    engine::EngineError,
-    error,
-    judge::{PublishFailure, PublishRecord},
-    stage::Depot,
+    archive::StreamReader, backend::Shared, convert, engine::EngineError, error, stage::Depot,
     workload::Workload,
 };
 
@@ -69,14 +64,10 @@ impl Shared {
             progress: attempt.progress.as_ref(),
         };
         match publish_outputs(job).await.map_err(BackendError::from) {
-            Ok(published) => Ok(record(published)),
+            Ok(published) => Ok(published.into()),
             // The outputs are still there: observing again publishes again.
             Err(error) if error.retryable => Err(error),
-            Err(error) => Ok(PublishRecord {
-                manifest: None,
-                failure: Some(PublishFailure { message: error.chain(), retryable: false }),
-                notes: Vec::new(),
-            }),
+            Err(error) => Ok(PublishRecord::failed(&error)),
         }
     }
 
@@ -123,16 +114,6 @@ impl Shared {
             }
         }
         Ok(())
-    }
-}
-
-fn record(published: Published) -> PublishRecord {
-    PublishRecord {
-        manifest: Some(published.manifest),
-        failure: published
-            .failure
-            .map(|error| PublishFailure { retryable: error.kind.retryable(), message: error.to_string() }),
-        notes: published.notes,
     }
 }
 

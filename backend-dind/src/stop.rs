@@ -43,7 +43,7 @@ impl Shared {
         grace: Duration,
     ) -> Result<(), BackendError> {
         let workload = self.workloads.get(workload.attempt);
-        workload.abort_staging();
+        workload.staging.abort();
         let result = self.stop_known(&workload, grace).await;
         workload.signal.send_replace(());
         self.workloads.forget(&workload);
@@ -75,7 +75,7 @@ impl Shared {
     /// Removes everything that the attempt left. One that is alive is stopped first.
     pub(crate) async fn remove(self: &Arc<Self>, workload: &WorkloadRef) -> Result<(), BackendError> {
         let workload = self.workloads.get(workload.attempt);
-        workload.abort_staging();
+        workload.staging.abort();
         let result = {
             let _verbs = Arc::clone(&workload.verbs).lock_owned().await;
             workload.set_early(None);

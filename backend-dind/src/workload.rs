@@ -1,19 +1,16 @@
 //! What the backend holds in memory of an attempt. Nothing here is needed after a restart: all of it is found again on the
 //! engine.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64},
-    },
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, AtomicU64},
 };
 
+use runner_agent::backend::{Known, PublishRecord, StagingSwitch};
 use runner_core::id::AttemptId;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
-use crate::{judge::PublishRecord, live::Live, names::Names};
+use crate::{live::Live, names::Names};
 
 /// One attempt.
 #[derive(Debug)]
@@ -38,8 +35,7 @@ pub(crate) struct Workload {
     pub(crate) input_bytes: AtomicU64,
     /// Listens since before the start, for the first observer.
     early: Mutex<Option<Live>>,
-    /// Ends the staging that is going on.
-    staging: Mutex<Option<CancellationToken>>,
+    pub(crate) staging: StagingSwitch,
 }
 
 impl Workload {
@@ -56,7 +52,7 @@ impl Workload {
             released: AtomicU64::default(),
             input_bytes: AtomicU64::default(),
             early: Mutex::default(),
-            staging: Mutex::default(),
+            staging: StagingSwitch::default(),
         }
     }
 
@@ -69,61 +65,28 @@ impl Workload {
     pub(crate) fn take_early(&self) -> Option<Live> {
         lock(&self.early).take()
     }
-
-    /// Begins a staging that [`Self::abort_staging`] can end.
-    pub(crate) fn begin_staging(&self) -> Staging<'_> {
-        let token = CancellationToken::new();
-        *lock(&self.staging) = Some(token.clone());
-        Staging { workload: self, token }
-    }
-
-    /// Ends the staging that is going on, if there is one.
-    pub(crate) fn abort_staging(&self) {
-        if let Some(token) = lock(&self.staging).as_ref() {
-            token.cancel();
-        }
-    }
-}
-
-/// A staging that is going on.
-#[derive(Debug)]
-pub(crate) struct Staging<'a> {
-    workload: &'a Workload,
-    pub(crate) token: CancellationToken,
-}
-
-impl Drop for Staging<'_> {
-    fn drop(&mut self) {
-        *lock(&self.workload.staging) = None;
-    }
 }
 
 /// The attempts that somebody holds something of.
 #[derive(Debug)]
 pub(crate) struct Workloads {
     names: Names,
-    known: Mutex<HashMap<AttemptId, Arc<Workload>>>,
+    known: Known<Workload>,
 }
 
 impl Workloads {
     pub(crate) fn new(names: Names) -> Self {
-        Self { names, known: Mutex::default() }
+        Self { names, known: Known::default() }
     }
 
     /// The attempt's workload; made known if it is not.
     pub(crate) fn get(&self, attempt: AttemptId) -> Arc<Workload> {
-        Arc::clone(
-            lock(&self.known).entry(attempt).or_insert_with(|| Arc::new(Workload::new(&self.names, attempt))),
-        )
+        self.known.get(attempt, || Workload::new(&self.names, attempt))
     }
 
     /// Forgets an attempt that nobody but the caller holds. What is on the engine stays.
     pub(crate) fn forget(&self, workload: &Arc<Workload>) {
-        let mut known = lock(&self.known);
-        // The map's and the caller's.
-        if Arc::strong_count(workload) == 2 {
-            known.remove(&workload.attempt);
-        }
+        self.known.forget(workload.attempt, workload);
     }
 }
 

@@ -5,38 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use runner_core::{
-    id::{BackendName, InvalidId},
-    spec::User,
-};
+use runner_agent::backend::{DefaultUser, InvalidConfig};
+use runner_core::id::{BackendName, InvalidId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The image that stands for the machine's own root file system. Always there, and the default.
 pub const HOST_IMAGE: &str = "host";
-
-/// Who a program runs as where its spec does not say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DefaultUser {
-    /// User id.
-    pub uid: u32,
-    /// Group id.
-    pub gid: u32,
-}
-
-impl Default for DefaultUser {
-    /// 65532, which distributions call `nonroot` or not at all: nothing of the machine belongs to it.
-    fn default() -> Self {
-        Self { uid: 65532, gid: 65532 }
-    }
-}
-
-impl From<DefaultUser> for User {
-    fn from(user: DefaultUser) -> Self {
-        Self { uid: user.uid, gid: user.gid }
-    }
-}
 
 /// Settings of a local backend. Every field has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -97,16 +72,6 @@ fn default_name() -> BackendName {
         .expect("`local` is a backend name")
 }
 
-/// A setting that cannot be.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {rule}")]
-pub struct InvalidConfig {
-    /// The field, for example `images.busybox`.
-    pub field: String,
-    /// What it breaks, and what to do.
-    pub rule: String,
-}
-
 impl LocalConfig {
     /// Checks what can be checked without the machine.
     ///
@@ -114,7 +79,7 @@ impl LocalConfig {
     /// All bad fields at once.
     pub fn validate(&self) -> Result<(), Vec<InvalidConfig>> {
         let mut bad = Vec::new();
-        let mut add = |field: String, rule: &str| bad.push(InvalidConfig { field, rule: rule.to_owned() });
+        let mut add = |field: String, rule: &str| bad.push(InvalidConfig::new(field, rule));
         if self.slots == Some(0) {
             add("slots".into(), "must be larger than zero; leave it out for the default");
         }
@@ -132,8 +97,8 @@ impl LocalConfig {
                 );
             }
         }
-        if self.default_user.uid == 0 && !self.allow_root_user {
-            add("default_user.uid".into(), "is 0, which needs `allow_root_user = true`");
+        if let Some(fault) = self.default_user.fault(self.allow_root_user) {
+            add(fault.field, &fault.rule);
         }
         for (i, path) in self.hidden.iter().flatten().enumerate() {
             if !is_normal(path) || path == Path::new("/") {

@@ -8,7 +8,7 @@ use runner_core::{
 use serde_json::json;
 
 use super::*;
-use crate::{cgroup::Cgroups, config::DefaultUser};
+use crate::cgroup::Cgroups;
 
 const RUN: &str = "00000000-0000-0000-0000-000000000007";
 

@@ -33,8 +33,8 @@ impl Shared {
         let workload = self.workloads.get(attempt.attempt);
         // The guard goes into each blocking step: where this future is dropped, the step ends before another verb begins.
         let verbs = Arc::clone(&workload.verbs).lock_owned().await;
-        let staging = workload.begin_staging();
-        let result = self.make(&workload, attempt, verbs, &staging.token).await;
+        let staging = workload.staging.begin();
+        let result = self.make(&workload, attempt, verbs, staging.token()).await;
         drop(staging);
         // Whoever observed an attempt in the making looks again.
         workload.signal.send_replace(());

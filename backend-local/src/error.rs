@@ -2,9 +2,8 @@
 
 use std::{io, path::Path};
 
+use runner_agent::backend::InvalidConfig;
 use runner_core::backend::{BackendError, BackendErrorKind};
-
-use crate::config::InvalidConfig;
 
 /// Why a local backend cannot be made.
 #[derive(Debug, thiserror::Error)]

@@ -11,7 +11,6 @@ mod config;
 mod convert;
 mod ensure;
 mod error;
-mod judge;
 mod logs;
 mod observe;
 mod remove;
@@ -22,6 +21,7 @@ mod workload;
 
 pub use self::{
     backend::{LocalBackend, LocalParts},
-    config::{DefaultUser, HOST_IMAGE, InvalidConfig, LocalConfig},
+    config::{HOST_IMAGE, LocalConfig},
     error::OpenError,
 };
+pub use runner_agent::backend::{DefaultUser, InvalidConfig};

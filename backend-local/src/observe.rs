@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream, stream::BoxStream};
 use runner_agent::{
+    backend::{Counted, Ending, PublishRecord, judge},
     exec::client::{self, SpoolReader},
     staging::{MountPlan, OutputPublishing, Root, StagedInputs, publish_outputs},
 };
@@ -18,7 +19,6 @@ use crate::{
     attempt_dir::read,
     backend::{Shared, blocking},
     convert, error,
-    judge::{Ending, PublishFailure, PublishRecord, judge},
     logs::spool_failed,
     stop::{claim, is_nobody, prove_dead},
     watch::Watched,
@@ -148,7 +148,7 @@ impl Observer {
                         continue;
                     }
                     self.step = Step::Publish;
-                    if let Some(Ending::Recorded(record)) = &self.ending
+                    if let Some(Ending::Recorded { record, .. }) = &self.ending
                         && ran
                     {
                         return Ok(Observation::Exited { time: record.time });
@@ -168,10 +168,13 @@ impl Observer {
                             tracing::warn!(attempt = %self.workload.attempt, %error, "read what was staged");
                             None
                         });
-                    let bytes = staged.map_or(0, |staged| staged.bytes);
+                    let counted = Counted {
+                        input_bytes: staged.map_or(0, |staged| staged.bytes),
+                        log_bytes: self.log.position(),
+                    };
                     let ending =
                         self.ending.take().unwrap_or_else(|| self.lost("backend", "no end was seen"));
-                    return Ok(Observation::Ended(judge(ending, bytes, published)));
+                    return Ok(Observation::Ended(judge(ending, counted, published)));
                 }
                 Step::Over => return Err(error::substrate("observe", "the observation is over")),
             }
@@ -221,7 +224,7 @@ impl Observer {
 
     fn recorded_end(&self) -> Option<Ending> {
         match client::exit(self.workload.dir.path()) {
-            Ok(record) => record.map(Ending::Recorded),
+            Ok(record) => record.map(Ending::recorded),
             // It will not get better, and says nothing of how the program ended.
             Err(error) => Some(self.lost("exit record", error.to_string())),
         }
@@ -314,11 +317,7 @@ impl Observer {
             Ok(record) => return Ok(Some(record)),
             // The outputs are still there: observing again publishes again.
             Err(error) if error.retryable => return Err(error),
-            Err(error) => PublishRecord {
-                manifest: None,
-                failure: Some(PublishFailure { message: error.chain(), retryable: false }),
-                notes: Vec::new(),
-            },
+            Err(error) => PublishRecord::failed(&error),
         };
         // What was stored is found again in the store. That it cannot be stored has to be kept here.
         dir.write(&dir.published(), &record)
@@ -339,14 +338,6 @@ impl Observer {
             limits: &self.shared.staging,
             progress: self.attempt.progress.as_ref(),
         };
-        let published = publish_outputs(job).await.map_err(BackendError::from)?;
-        Ok(PublishRecord {
-            manifest: Some(published.manifest),
-            failure: published.failure.map(|error| PublishFailure {
-                retryable: error.kind.retryable(),
-                message: error.to_string(),
-            }),
-            notes: published.notes,
-        })
+        publish_outputs(job).await.map(PublishRecord::from).map_err(BackendError::from)
     }
 }

@@ -44,7 +44,7 @@ impl Shared {
         grace: Duration,
     ) -> Result<(), BackendError> {
         let workload = self.workloads.get(workload.attempt);
-        workload.abort_staging();
+        workload.staging.abort();
         let verbs = Arc::clone(&workload.verbs).lock_owned().await;
         let time = self.clock.now();
         let step = {
@@ -70,7 +70,7 @@ impl Shared {
     /// Removes everything that the attempt left. One that is alive is stopped first.
     pub(crate) async fn remove(self: &Arc<Self>, workload: &WorkloadRef) -> Result<(), BackendError> {
         let workload = self.workloads.get(workload.attempt);
-        workload.abort_staging();
+        workload.staging.abort();
         let verbs = Arc::clone(&workload.verbs).lock_owned().await;
         let (found, verbs) = {
             let workload = Arc::clone(&workload);

@@ -2,14 +2,15 @@
 //! attempt's directory.
 
 use std::{
-    collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use runner_agent::exec::{client, protocol::ShimRecord};
+use runner_agent::{
+    backend::{Known, StagingSwitch},
+    exec::{client, protocol::ShimRecord},
+};
 use runner_core::{backend::BackendError, id::AttemptId};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     attempt_dir::AttemptDir,
@@ -31,8 +32,7 @@ pub(crate) struct Workload {
     pub(crate) input: tokio::sync::Mutex<()>,
     /// Given at every change of the directory and at the shim's death.
     pub(crate) signal: Signal,
-    /// Ends the staging that is going on.
-    staging: Mutex<Option<CancellationToken>>,
+    pub(crate) staging: StagingSwitch,
     shim: Mutex<Option<Shim>>,
     watched: Mutex<Weak<Watched>>,
 }
@@ -57,7 +57,7 @@ impl Workload {
             publishing: tokio::sync::Mutex::default(),
             input: tokio::sync::Mutex::default(),
             signal: Signal::default(),
-            staging: Mutex::default(),
+            staging: StagingSwitch::default(),
             shim: Mutex::default(),
             watched: Mutex::default(),
         }
@@ -98,20 +98,6 @@ impl Workload {
         lock(&self.shim).as_ref()?.death()?.describe()
     }
 
-    /// Begins a staging that [`Self::abort_staging`] can end.
-    pub(crate) fn begin_staging(&self) -> Staging<'_> {
-        let token = CancellationToken::new();
-        *lock(&self.staging) = Some(token.clone());
-        Staging { workload: self, token }
-    }
-
-    /// Ends the staging that is going on, if there is one.
-    pub(crate) fn abort_staging(&self) {
-        if let Some(token) = lock(&self.staging).as_ref() {
-            token.cancel();
-        }
-    }
-
     /// Makes changes of the directory give the signal, for as long as the answer lives.
     pub(crate) fn watch(&self, watcher: &Watcher) -> std::io::Result<Arc<Watched>> {
         let mut watched = lock(&self.watched);
@@ -124,29 +110,16 @@ impl Workload {
     }
 }
 
-/// A staging that is going on.
-#[derive(Debug)]
-pub(crate) struct Staging<'a> {
-    workload: &'a Workload,
-    pub(crate) token: CancellationToken,
-}
-
-impl Drop for Staging<'_> {
-    fn drop(&mut self) {
-        *lock(&self.workload.staging) = None;
-    }
-}
-
-/// The attempts that somebody holds something of.
+/// The attempts that somebody holds something of, and where their directories lie.
 #[derive(Debug)]
 pub(crate) struct Workloads {
     base: PathBuf,
-    known: Mutex<HashMap<AttemptId, Arc<Workload>>>,
+    known: Known<Workload>,
 }
 
 impl Workloads {
     pub(crate) fn new(base: PathBuf) -> Self {
-        Self { base, known: Mutex::default() }
+        Self { base, known: Known::default() }
     }
 
     /// Where attempts' directories lie.
@@ -156,57 +129,20 @@ impl Workloads {
 
     /// The attempt's workload; made known if it is not.
     pub(crate) fn get(&self, attempt: AttemptId) -> Arc<Workload> {
-        Arc::clone(
-            lock(&self.known).entry(attempt).or_insert_with(|| Arc::new(Workload::new(&self.base, attempt))),
-        )
+        self.known.get(attempt, || Workload::new(&self.base, attempt))
     }
 
     /// Forgets an attempt that nobody but the caller holds. What is on the disk stays.
     pub(crate) fn forget(&self, workload: &Arc<Workload>) {
-        let mut known = lock(&self.known);
-        // The map's and the caller's.
-        if Arc::strong_count(workload) == 2 {
-            known.remove(&workload.attempt);
-        }
+        self.known.forget(workload.attempt, workload);
     }
 
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        lock(&self.known).len()
+        self.known.len()
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use runner_core::id::RunId;
-
-    use super::*;
-
-    #[test]
-    fn an_attempt_that_somebody_holds_is_not_forgotten() {
-        let workloads = Workloads::new("/nowhere".into());
-        let attempt = AttemptId { run: RunId::new(uuid::Uuid::from_u128(7)), number: 1 };
-        let held = workloads.get(attempt);
-        workloads.forget(&workloads.get(attempt));
-        assert_eq!(workloads.len(), 1);
-        workloads.forget(&held);
-        assert_eq!(workloads.len(), 0);
-    }
-
-    #[test]
-    fn only_a_staging_that_goes_on_is_aborted() {
-        let workloads = Workloads::new("/nowhere".into());
-        let workload = workloads.get(AttemptId { run: RunId::new(uuid::Uuid::from_u128(7)), number: 1 });
-        workload.abort_staging();
-        let staging = workload.begin_staging();
-        assert!(!staging.token.is_cancelled());
-        workload.abort_staging();
-        assert!(staging.token.is_cancelled());
-        drop(staging);
-        assert!(!workload.begin_staging().token.is_cancelled());
-    }
 }

@@ -1,5 +1,7 @@
-//! What runs beside or around a workload, and the staging library that every backend shares.
+//! What runs beside or around a workload, and what every backend shares: staging, and the judgement of how an attempt ended.
 
+#[cfg(feature = "staging")]
+pub mod backend;
 pub mod exec;
 #[cfg(feature = "staging")]
 pub mod staging;
