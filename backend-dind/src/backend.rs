@@ -324,7 +324,7 @@ impl Shared {
         }
         let findings = match self.engine.docker().await {
             Ok(docker) => {
-                docker.version().await.map(|version| versions::check(&version)).map_err(EngineError::from)
+                self.engine.answered(docker.version()).await.map(|version| versions::check(&version))
             }
             Err(error) => Err(error),
         };

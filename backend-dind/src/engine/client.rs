@@ -24,7 +24,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _, stream::BoxStream};
 use tokio::io::AsyncWrite;
 
-use super::{EngineError, EngineErrorKind};
+use super::{EngineError, EngineErrorKind, transport::Route};
 use crate::config::{DindConfig, TlsFiles};
 
 /// How long a request that moves bytes may take as a whole. Its pauses are limited by the request's time limit.
@@ -85,15 +85,8 @@ impl Engine {
         if let Some(docker) = known {
             return Ok(docker);
         }
-        let seconds = self.timeout.as_secs();
-        let docker = if self.host.starts_with("unix://") {
-            Docker::connect_with_unix(&self.host, seconds, API_DEFAULT_VERSION)?
-        } else if let Some(tls) = &self.tls {
-            Docker::connect_with_ssl(&self.host, &tls.key, &tls.cert, &tls.ca, seconds, API_DEFAULT_VERSION)?
-        } else {
-            Docker::connect_with_http(&self.host, seconds, API_DEFAULT_VERSION)?
-        };
-        let docker = docker.negotiate_version().await?;
+        let docker = connect(Route::new(&self.host, self.tls.as_deref())?, self.timeout.as_secs())?;
+        let docker = self.answered(docker.negotiate_version()).await?;
         *self.docker.lock().unwrap_or_else(PoisonError::into_inner) = Some(docker.clone());
         Ok(docker)
     }
@@ -103,18 +96,31 @@ impl Engine {
         *self.docker.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// Waits for a whole answer. The client's own time limit ends with an answer's first line; an engine may hang behind it.
+    pub(crate) async fn answered<T>(
+        &self,
+        answer: impl Future<Output = Result<T, bollard::errors::Error>>,
+    ) -> Result<T, EngineError> {
+        match tokio::time::timeout(self.timeout, answer).await {
+            Ok(answer) => Ok(answer?),
+            Err(elapsed) => Err(EngineError::unreachable(elapsed)),
+        }
+    }
+
     async fn patient(&self) -> Result<Docker, EngineError> {
         Ok(self.docker().await?.with_timeout(TRANSFER))
     }
 
     /// What the engine says of itself.
     pub(crate) async fn info(&self) -> Result<SystemInfo, EngineError> {
-        Ok(self.docker().await?.info().await?)
+        let docker = self.docker().await?;
+        self.answered(docker.info()).await
     }
 
     /// An image that it has, by reference or content id.
     pub(crate) async fn image(&self, name: &str) -> Result<ImageInspect, EngineError> {
-        Ok(self.docker().await?.inspect_image(name).await?)
+        let docker = self.docker().await?;
+        self.answered(docker.inspect_image(name)).await
     }
 
     /// Makes a container. `Conflict`: the name is taken.
@@ -124,30 +130,29 @@ impl Engine {
         body: ContainerCreateBody,
     ) -> Result<Vec<String>, EngineError> {
         let options = CreateContainerOptionsBuilder::default().name(name).build();
-        let made = self.docker().await?.create_container(Some(options), body).await?;
+        let docker = self.docker().await?;
+        let made = self.answered(docker.create_container(Some(options), body)).await?;
         Ok(made.warnings)
     }
 
     /// Starts it. One that runs already is fine.
     pub(crate) async fn start(&self, name: &str) -> Result<(), EngineError> {
-        Ok(self.docker().await?.start_container(name, None::<StartContainerOptions>).await?)
+        let docker = self.docker().await?;
+        self.answered(docker.start_container(name, None::<StartContainerOptions>)).await
     }
 
     /// Looks at a container. `None`: there is none.
     pub(crate) async fn inspect(&self, name: &str) -> Result<Option<ContainerInspectResponse>, EngineError> {
-        none_if_missing(
-            self.docker()
-                .await?
-                .inspect_container(name, None::<InspectContainerOptions>)
-                .await
-                .map_err(EngineError::from),
-        )
+        let docker = self.docker().await?;
+        let seen = self.answered(docker.inspect_container(name, None::<InspectContainerOptions>)).await;
+        none_if_missing(seen)
     }
 
     /// Sends a signal. One that does not run, or is not there, is fine.
     pub(crate) async fn kill(&self, name: &str, signal: &str) -> Result<(), EngineError> {
         let options = KillContainerOptionsBuilder::default().signal(signal).build();
-        match self.docker().await?.kill_container(name, Some(options)).await.map_err(EngineError::from) {
+        let docker = self.docker().await?;
+        match self.answered(docker.kill_container(name, Some(options))).await {
             Err(error) if matches!(error.kind, EngineErrorKind::NotFound | EngineErrorKind::Conflict) => {
                 Ok(())
             }
@@ -173,29 +178,31 @@ impl Engine {
     /// not set, or it is being removed by somebody else.
     pub(crate) async fn remove(&self, name: &str, force: bool) -> Result<(), EngineError> {
         let options = RemoveContainerOptionsBuilder::default().force(force).v(true).build();
-        let removed = self.docker().await?.remove_container(name, Some(options)).await;
-        none_if_missing(removed.map_err(EngineError::from)).map(drop)
+        let docker = self.docker().await?;
+        none_if_missing(self.answered(docker.remove_container(name, Some(options))).await).map(drop)
     }
 
     /// Every container with these labels, in whatever state.
     pub(crate) async fn containers(&self, labels: &[String]) -> Result<Vec<ContainerSummary>, EngineError> {
         let filters = std::collections::HashMap::from([("label", labels.to_vec())]);
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
-        Ok(self.docker().await?.list_containers(Some(options)).await?)
+        let docker = self.docker().await?;
+        self.answered(docker.list_containers(Some(options))).await
     }
 
     /// Every volume with these labels.
     pub(crate) async fn volumes(&self, labels: &[String]) -> Result<Vec<Volume>, EngineError> {
         let filters = std::collections::HashMap::from([("label", labels.to_vec())]);
         let options = ListVolumesOptionsBuilder::default().filters(&filters).build();
-        Ok(self.docker().await?.list_volumes(Some(options)).await?.volumes.unwrap_or_default())
+        let docker = self.docker().await?;
+        Ok(self.answered(docker.list_volumes(Some(options))).await?.volumes.unwrap_or_default())
     }
 
     /// Removes a volume. One that is not there is fine. `Conflict`: a container has it.
     pub(crate) async fn remove_volume(&self, name: &str) -> Result<(), EngineError> {
         let options = RemoveVolumeOptionsBuilder::default().build();
-        let removed = self.docker().await?.remove_volume(name, Some(options)).await;
-        none_if_missing(removed.map_err(EngineError::from)).map(drop)
+        let docker = self.docker().await?;
+        none_if_missing(self.answered(docker.remove_volume(name, Some(options))).await).map(drop)
     }
 
     /// Attaches to the standard streams, from now on.
@@ -206,7 +213,8 @@ impl Engine {
             .stdin(stdin)
             .logs(false)
             .build();
-        let attached = self.docker().await?.attach_container(name, Some(options)).await?;
+        let docker = self.docker().await?;
+        let attached = self.answered(docker.attach_container(name, Some(options))).await?;
         let output = attached.output.map(|part| match part {
             Ok(LogOutput::StdOut { message } | LogOutput::Console { message }) => Ok(message),
             Ok(LogOutput::StdErr { .. } | LogOutput::StdIn { .. }) => Ok(Bytes::new()),
@@ -231,7 +239,8 @@ impl Engine {
     pub(crate) async fn put_bytes(&self, name: &str, path: &str, tar: Bytes) -> Result<(), EngineError> {
         let options = UploadToContainerOptionsBuilder::default().path(path).build();
         let body = bollard::body_full(tar);
-        Ok(self.docker().await?.upload_to_container(name, Some(options), body).await?)
+        let docker = self.docker().await?;
+        self.answered(docker.upload_to_container(name, Some(options), body)).await
     }
 
     /// What is at `path` of a container, running or not, as a tar. The first item is `NotFound` where there is no such
@@ -253,6 +262,13 @@ impl Engine {
         .boxed()
         .pipe_timeout(pause)
     }
+}
+
+/// The client over a route. `seconds`: how long an answer may take to begin.
+pub(super) fn connect(route: Route, seconds: u64) -> Result<Docker, EngineError> {
+    let transport = move |request| route.clone().request(request);
+    // The route knows where to; the client only wants an address that it can parse.
+    Ok(Docker::connect_with_custom_transport(transport, Some("http://docker"), seconds, API_DEFAULT_VERSION)?)
 }
 
 /// Ends a stream that pauses for too long.

@@ -2,6 +2,7 @@
 
 mod client;
 mod failure;
+mod transport;
 
 pub(crate) use self::client::Attached;
 pub use self::{

@@ -266,7 +266,7 @@ impl State {
 
     /// What the engine has under this name.
     async fn local(&self, name: &str) -> Result<Option<ImageInspect>, Failure> {
-        match self.engine.docker().await?.inspect_image(name).await.map_err(EngineError::from) {
+        match self.engine.image(name).await {
             Ok(found) => Ok(Some(found)),
             Err(error) if failure::is_missing(&error) => Ok(None),
             Err(error) => Err(error.into()),
@@ -292,7 +292,8 @@ impl State {
         if let Some(known) = self.platform.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             return Ok(known);
         }
-        let version = self.engine.docker().await?.version().await.map_err(EngineError::from)?;
+        let docker = self.engine.docker().await?;
+        let version = self.engine.answered(docker.version()).await?;
         let (Some(os), Some(architecture)) = (version.os, version.arch) else {
             return Err(EngineError::malformed("a version without a platform").into());
         };
@@ -342,7 +343,8 @@ impl State {
 
     /// Asks the registry for it, and remembers that it was given.
     async fn ask(&self, name: &str, login: &Login) -> Result<DistributionInspect, Failure> {
-        let found = self.docker().await?.inspect_registry_image(name, login.to_engine()).await?;
+        let docker = self.docker().await?;
+        let found = self.engine.answered(docker.inspect_registry_image(name, login.to_engine())).await?;
         if let (Some(digest), Ok(reference)) = (&found.descriptor.digest, name.parse::<Reference>()) {
             self.prove(login.id, reference.at(digest));
         }
