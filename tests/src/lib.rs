@@ -9,5 +9,7 @@ pub mod objects;
 pub mod place;
 pub mod proc;
 pub mod said;
+pub mod scene;
 pub mod service;
 pub mod store;
+pub mod witness;

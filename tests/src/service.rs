@@ -1,12 +1,10 @@
 //! A real `runner serve` process on a data directory of its own: started, killed, started again, searched for leftovers.
 
 use std::{
-    collections::BTreeMap,
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener as StdListener},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -14,7 +12,7 @@ use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
 };
 use worker_client::{Builder, Client, Event, Finished, RetryPolicy, StreamOptions, proto};
 
@@ -332,61 +330,6 @@ async fn http_get(address: SocketAddr, path: &str) -> Option<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.ok()?;
     Some(answer)
-}
-
-/// Counts the starts of programs, from outside of everything that is tested: a program that starts says so on a socket.
-#[derive(Debug)]
-pub struct Witness {
-    address: SocketAddr,
-    seen: Arc<Mutex<BTreeMap<String, u32>>>,
-}
-
-impl Witness {
-    /// Listens on the loopback.
-    pub async fn listen() -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("listen");
-        let address = listener.local_addr().expect("its address");
-        let seen = Arc::<Mutex<BTreeMap<String, u32>>>::default();
-        let witness = Self { address, seen: Arc::clone(&seen) };
-        let listening = async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                let mut name = String::new();
-                // A program that is killed in the middle of its name was started all the same.
-                let _ = stream.read_to_string(&mut name).await;
-                *seen.lock().expect("nobody panicked").entry(name.trim().to_owned()).or_default() += 1;
-            }
-        };
-        drop(runner_core::task::spawn(runner_core::task::TaskKind::Helper, "witness", listening));
-        witness
-    }
-
-    /// A line of bash that says that the attempt was started. Needs the network `egress`.
-    pub fn line(&self) -> String {
-        format!(
-            r#"echo "$RUNNER_RUN_ID.$RUNNER_ATTEMPT" > /dev/tcp/{}/{} || exit 98"#,
-            self.address.ip(),
-            self.address.port()
-        )
-    }
-
-    /// How often each attempt was started.
-    pub fn starts(&self) -> BTreeMap<String, u32> {
-        self.seen.lock().expect("nobody panicked").clone()
-    }
-
-    /// Asserts that this run had one attempt, started once.
-    ///
-    /// # Panics
-    /// Where it had not.
-    pub async fn assert_one_start(&self, run: &str) {
-        let starts = eventually("the start to be witnessed", async || {
-            let starts: BTreeMap<_, _> =
-                self.starts().into_iter().filter(|(name, _)| name.starts_with(run)).collect();
-            (!starts.is_empty()).then_some(starts)
-        })
-        .await;
-        assert_eq!(starts, [(format!("{run}.1"), 1)].into(), "one attempt, started once");
-    }
 }
 
 /// What a watcher saw of a run.

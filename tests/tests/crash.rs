@@ -8,7 +8,9 @@ use std::{fs, os::unix::process::ExitStatusExt as _, time::Duration};
 use runner_core::fake::backend::Flood;
 use runner_tests::{
     proc,
-    service::{Service, Watched, Witness, eventually, watch, watch_for, within},
+    scene::{On, Scene},
+    service::{Service, Watched, eventually, watch, watch_for, within},
+    witness::Witness,
 };
 use worker_client::{Client, RunHandle, RunOptions, RunSpec, TransferOptions, proto};
 
@@ -20,24 +22,18 @@ const INPUT: &[u8] = b"what the input says\n";
 /// A run with an input, an output and both streams.
 fn busy(witness: &Witness, input: &str) -> RunSpec {
     let script = format!(
-        r#"{}
-        cat /inputs/data > /outputs/copy
+        "cat /inputs/data > /outputs/copy
         echo begin; echo problems >&2
         seq 1 999999999 2>/dev/null | head -c {FLOOD_BYTES}
         sleep 0.3
-        echo end"#,
-        witness.line()
+        echo end"
     );
-    RunSpec::command(["bash", "-c", &script])
-        .input("/inputs/data", input)
-        .output("/outputs/copy")
-        .network_egress()
+    witness.script(&script).input("/inputs/data", input).output("/outputs/copy")
 }
 
 /// A run that only a cancel ends.
 fn endless(witness: &Witness) -> RunSpec {
-    let script = format!("{}\necho ready; exec sleep 100000", witness.line());
-    RunSpec::command(["bash", "-c", &script]).network_egress().stop_grace(Duration::from_secs(2))
+    witness.script("echo ready; exec sleep 100000").stop_grace(Duration::from_secs(2))
 }
 
 fn expected_out() -> Vec<u8> {
@@ -84,13 +80,13 @@ async fn assert_outputs(client: &Client, watched: &Watched) {
 }
 
 /// Dies at `point` in the life of a run that would succeed; it succeeds nevertheless.
-async fn survives(point: &str) {
-    let witness = Witness::listen().await;
-    let mut service = Service::start().await;
+async fn survives(on: On, point: &str) {
+    let Some(mut scene) = Scene::start(on, point).await else { return };
+    let Scene { service, witness, .. } = &mut scene;
     let input = upload(&service.client()).await;
     service.kill();
     service.restart(&[("RUNNER_CRASH_AT", point)]).await;
-    let spec = busy(&witness, &input);
+    let spec = busy(witness, &input);
     // The service may die before it answers, or right after.
     let answered = run_with_key(&service.client(), &spec).await.map(|handle| handle.id().to_owned()).ok();
     assert_killed(service.ended().await, point);
@@ -110,22 +106,22 @@ async fn survives(point: &str) {
     assert_outputs(&client, &watched).await;
     witness.assert_one_start(id).await;
     assert_the_only_run(&client, id).await;
-    service.assert_clean(&[id]).await;
+    scene.assert_clean(&[id]).await;
     // The same after one more crash.
-    service.kill();
-    service.restart(&[]).await;
-    let again = watch(&service.client(), id, "").await;
+    scene.service.kill();
+    scene.service.restart(&[]).await;
+    let again = watch(&scene.service.client(), id, "").await;
     assert_eq!((again.states, again.end), (watched.states, watched.end));
     assert!(again.out == watched.out && again.err == watched.err, "the stored log differs");
-    witness.assert_one_start(id).await;
+    scene.witness.assert_one_start(id).await;
 }
 
 /// Dies at `point` in a cancel; the run is cancelled nevertheless. `durable`: without asking again.
-async fn survives_in_cancel(point: &str, durable: bool) {
-    let witness = Witness::listen().await;
-    let mut service = Service::prepare(&[]);
+async fn survives_in_cancel(on: On, point: &str, durable: bool) {
+    let Some(mut scene) = Scene::prepare(on, point).await else { return };
+    let Scene { service, witness, .. } = &mut scene;
     service.restart(&[("RUNNER_CRASH_AT", point)]).await;
-    let spec = endless(&witness);
+    let spec = endless(witness);
     let client = service.client();
     let handle = run_with_key(&client, &spec).await.expect("run");
     let id = handle.id();
@@ -146,7 +142,7 @@ async fn survives_in_cancel(point: &str, durable: bool) {
     assert_eq!(String::from_utf8_lossy(&watched.out), "ready\n", "the log is kept");
     witness.assert_one_start(id).await;
     assert_the_only_run(&client, id).await;
-    service.assert_clean(&[id]).await;
+    scene.assert_clean(&[id]).await;
 }
 
 macro_rules! points {
@@ -154,22 +150,34 @@ macro_rules! points {
         survives { $($name:ident = $point:literal,)* }
         cancels { $($cancel:ident = $cancel_point:literal $durable:literal,)* }
     ) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() {
-                survives($point).await;
-            }
-        )*
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $cancel() {
-                survives_in_cancel($cancel_point, $durable).await;
-            }
-        )*
+        points! { @ on_local On::Local { $($name = $point,)* } { $($cancel = $cancel_point $durable,)* } }
+        points! { @ on_dind On::Dind { $($name = $point,)* } { $($cancel = $cancel_point $durable,)* } }
 
         #[test]
         fn every_crash_point_has_its_test() {
             assert_eq!(runner_core::crash::POINTS, [$($point,)* $($cancel_point,)*]);
+        }
+    };
+    (
+        @ $backend:ident $on:path
+        { $($name:ident = $point:literal,)* }
+        { $($cancel:ident = $cancel_point:literal $durable:literal,)* }
+    ) => {
+        mod $backend {
+            use super::*;
+
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    survives($on, $point).await;
+                }
+            )*
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $cancel() {
+                    survives_in_cancel($on, $cancel_point, $durable).await;
+                }
+            )*
         }
     };
 }
@@ -203,10 +211,10 @@ points! {
 }
 
 /// Kills the service again and again while a program writes 64 MiB.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn crashes_in_the_middle_of_a_long_log_lose_no_byte() {
+async fn crashes_in_the_middle_of_a_long_log_lose_no_byte(on: On) {
     const BYTES: usize = 64 * 1024 * 1024;
-    let mut service = Service::start().await;
+    let Some(mut scene) = Scene::start(on, "a long log").await else { return };
+    let service = &mut scene.service;
     // In pieces with pauses, so that the program outlives the crashes.
     let script = format!(
         "seq 1 999999999 2>/dev/null | head -c {BYTES} | \
@@ -228,7 +236,7 @@ async fn crashes_in_the_middle_of_a_long_log_lose_no_byte() {
     let watched = watch(&client, id, "").await;
     assert_eq!(watched.end().exit_code(), Some(0), "{:?}", watched.end());
     assert!(watched.out == Flood::new(false).take(BYTES), "the log differs: {} bytes", watched.out.len());
-    service.assert_clean(&[id]).await;
+    scene.assert_clean(&[id]).await;
 }
 
 /// Offset of the end of what a watcher sees now.
@@ -245,9 +253,9 @@ async fn log_bytes(client: &Client, id: &str) -> u64 {
 }
 
 /// A stream that a caller follows goes on over crashes, without a gap or a repeat.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_watcher_sees_a_whole_log_over_crashes() {
-    let mut service = Service::start().await;
+async fn a_watcher_sees_a_whole_log_over_crashes(on: On) {
+    let Some(mut scene) = Scene::start(on, "a watcher").await else { return };
+    let service = &mut scene.service;
     let client = service.patient_client();
     let script = "i=0; while [ $i -lt 100 ]; do echo $i; i=$((i+1)); sleep 0.05; done";
     let handle = client.run(RunSpec::command(["sh", "-c", script])).await.expect("run");
@@ -263,7 +271,7 @@ async fn a_watcher_sees_a_whole_log_over_crashes() {
     let expected: String = (0..100).map(|number| format!("{number}\n")).collect();
     assert_eq!(String::from_utf8_lossy(&watched.out), expected);
     assert_one_life(&watched, proto::RunState::Succeeded);
-    service.assert_clean(&[&id]).await;
+    scene.assert_clean(&[&id]).await;
 }
 
 /// A shim that is killed takes what it knew with it: the run is lost, never a success, and its processes are gone.
@@ -310,37 +318,33 @@ async fn a_shim_that_died_while_the_service_was_away_is_no_success() {
 }
 
 /// What ran out while the service was away still ends at its own timeout, told as such.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_timeout_counts_while_the_service_is_away() {
-    let mut service = Service::start().await;
+async fn a_timeout_counts_while_the_service_is_away(on: On) {
+    let Some(mut scene) = Scene::start(on, "a timeout").await else { return };
+    let service = &mut scene.service;
     let spec =
         RunSpec::command(["sh", "-c", "echo ready; exec sleep 100000"]).timeout(Duration::from_secs(2));
     let handle = service.client().run(spec).await.expect("run");
     let id = handle.id();
     watch_for(&service.client(), id, "ready").await;
     service.kill();
-    let local = service.data_dir().join("local");
     eventually("the end of the program", async || {
         proc::with_environment("RUNNER_RUN_ID", id).is_empty().then_some(())
     })
     .await;
-    assert!(local.exists());
     service.restart(&[]).await;
     let watched = watch(&service.client(), id, "").await;
     assert_eq!(
         (watched.end().state, watched.end().cause()),
         (proto::RunState::Failed, proto::Cause::TimedOut)
     );
-    service.assert_clean(&[id]).await;
+    scene.assert_clean(&[id]).await;
 }
 
 /// Workloads live on over an ordinary restart too, and the shutdown is bounded.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_polite_restart_keeps_what_runs() {
-    let witness = Witness::listen().await;
-    let mut service = Service::start().await;
-    let script = format!("{}\necho ready; sleep 3; echo done; exit 5", witness.line());
-    let spec = RunSpec::command(["bash", "-c", &script]).network_egress();
+async fn a_polite_restart_keeps_what_runs(on: On) {
+    let Some(mut scene) = Scene::start(on, "a polite restart").await else { return };
+    let Scene { service, witness, .. } = &mut scene;
+    let spec = witness.script("echo ready; sleep 3; echo done; exit 5");
     let handle = service.client().run(spec).await.expect("run");
     let id = handle.id();
     watch_for(&service.client(), id, "ready").await;
@@ -352,7 +356,7 @@ async fn a_polite_restart_keeps_what_runs() {
     assert_eq!(watched.end().exit_code(), Some(5), "{:?}", watched.end());
     assert_eq!(String::from_utf8_lossy(&watched.out), "ready\ndone\n");
     witness.assert_one_start(id).await;
-    service.assert_clean(&[id]).await;
+    scene.assert_clean(&[id]).await;
 }
 
 /// The second of two services on one data directory refuses, says why, and harms nothing.
@@ -370,4 +374,35 @@ async fn a_second_service_on_the_same_data_directory_refuses() {
     handle.cancel("the first still serves").await.expect("cancel");
     assert_eq!(handle.wait().await.expect("the end").state, proto::RunState::Cancelled);
     service.assert_clean(&[handle.id()]).await;
+}
+
+/// The same story on every backend.
+macro_rules! on_every_backend {
+    ($($story:ident)*) => {
+        mod stories_on_local {
+            use super::*;
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $story() {
+                    super::$story(On::Local).await;
+                }
+            )*
+        }
+        mod stories_on_dind {
+            use super::*;
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $story() {
+                    super::$story(On::Dind).await;
+                }
+            )*
+        }
+    };
+}
+
+on_every_backend! {
+    crashes_in_the_middle_of_a_long_log_lose_no_byte
+    a_watcher_sees_a_whole_log_over_crashes
+    a_timeout_counts_while_the_service_is_away
+    a_polite_restart_keeps_what_runs
 }

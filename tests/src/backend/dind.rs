@@ -61,6 +61,35 @@ pub fn config(engine: &Engine) -> DindConfig {
     }
 }
 
+/// The configuration of a service whose only backend is on this engine. `more` goes into the backend's table as it is.
+///
+/// # Panics
+/// Where the agent cannot be built.
+pub fn settings(engine: &Engine, host: &str, more: &str) -> Vec<(&'static str, String)> {
+    let agent = config(engine).agent.expect("the configuration names the agent");
+    let backend = format!(
+        "[{{ kind = 'dind', name = 'dind', host = '{host}', agent = '{}', default_image = '{IMAGE}'{more} }}]",
+        agent.display()
+    );
+    vec![("RUNNER_BACKENDS", backend), ("RUNNER_DEFAULT_BACKEND", "dind".to_owned())]
+}
+
+/// What an engine has with these labels: containers and volumes.
+///
+/// # Panics
+/// Where the engine does not answer.
+pub async fn labelled(engine: &Engine, label: &str) -> Vec<String> {
+    let docker = engine.connect();
+    let filter = HashMap::from([("label", vec![label.to_owned()])]);
+    let options = ListContainersOptionsBuilder::default().all(true).filters(&filter).build();
+    let containers = docker.list_containers(Some(options)).await.expect("list the containers");
+    let options = ListVolumesOptionsBuilder::default().filters(&filter).build();
+    let volumes = docker.list_volumes(Some(options)).await.expect("list the volumes");
+    let containers = containers.into_iter().flat_map(|container| container.names.unwrap_or_default());
+    let volumes = volumes.volumes.into_iter().flatten().map(|volume| format!("volume {}", volume.name));
+    containers.chain(volumes).collect()
+}
+
 /// Opens a backend.
 ///
 /// # Panics
@@ -221,18 +250,8 @@ impl Harness for DindHarness {
     }
 
     fn leaks(&self) -> Vec<String> {
-        let docker = self.engine.connect();
-        let filter = HashMap::from([("label", vec![format!("runner.instance={}", self.instance)])]);
-        let mut leaks = self.block(async {
-            let options = ListContainersOptionsBuilder::default().all(true).filters(&filter).build();
-            let containers = docker.list_containers(Some(options)).await.expect("list the containers");
-            let options = ListVolumesOptionsBuilder::default().filters(&filter).build();
-            let volumes = docker.list_volumes(Some(options)).await.expect("list the volumes");
-            let containers = containers.into_iter().flat_map(|container| container.names.unwrap_or_default());
-            let volumes =
-                volumes.volumes.into_iter().flatten().map(|volume| format!("volume {}", volume.name));
-            containers.chain(volumes).collect::<Vec<_>>()
-        });
+        let label = format!("runner.instance={}", self.instance);
+        let mut leaks = self.block(labelled(self.engine, &label));
         // Files on their way are removed by a thread of their own.
         let left = || -> Vec<String> {
             let entries = fs::read_dir(self.depots()).into_iter().flatten().filter_map(Result::ok);
