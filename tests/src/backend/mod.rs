@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod cases;
 pub mod dind;
+pub mod dind_world;
 pub mod fake;
 pub mod local;
 pub mod observed;

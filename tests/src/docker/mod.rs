@@ -4,6 +4,7 @@
 //! is shared by the tests of a process ([`shared`]); a test that disturbs its engine starts another ([`Engine::start`]).
 
 mod engine;
+mod front;
 mod image;
 mod registry;
 mod tls;
@@ -12,6 +13,7 @@ use std::sync::OnceLock;
 
 pub use self::{
     engine::{Engine, EngineOptions},
+    front::{Front, Mood},
     image::TestImage,
     registry::{Account, Registry},
     tls::ClientCertificate,
