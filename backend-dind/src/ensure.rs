@@ -30,7 +30,7 @@ use crate::{
     backend::Shared,
     convert::{self, Conversion},
     engine::EngineErrorKind,
-    error,
+    error::{self, FAILURE_PATIENCE},
     images::ImageId,
     live::Live,
     names::{OWN_DIR, STOPPED},
@@ -83,21 +83,34 @@ impl Shared {
         let begun = self.clock.monotonic();
         let patience = Duration::from_secs(self.config.engine_patience_seconds);
         let mut pause = FIRST_PAUSE;
+        let mut failing_since = None;
         let result = loop {
             let verbs = Arc::clone(&workload.verbs).lock_owned().await;
             let staging = workload.staging.begin();
             let stopped = staging.token().clone();
             let result = self.make(&workload, attempt, verbs, &stopped).await;
             drop(staging);
-            match result {
-                Err(error) if error::is_outage(&error) && self.clock.monotonic() - begun < patience => {
-                    tracing::warn!(attempt = %attempt.attempt, error = error.chain(), "the engine does not answer; waiting for it");
-                    self.engine.forget_version();
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
-                }
-                other => break other,
+            let Err(error) = result else { break result };
+            // An engine that does not answer, or says that it failed, makes an attempt late. What it cannot do at all it
+            // also calls a failure, so that is waited for less long.
+            let now = self.clock.monotonic();
+            let outage = error::is_outage(&error);
+            let failing = now.saturating_sub(*failing_since.get_or_insert(now));
+            let waits = if outage {
+                now.saturating_sub(begun) < patience
+            } else {
+                error::is_failure(&error) && failing < FAILURE_PATIENCE.min(patience)
+            };
+            if !waits {
+                break Err(error);
             }
+            tracing::warn!(attempt = %attempt.attempt, error = error.chain(), "the engine is in trouble; waiting for it");
+            if outage {
+                failing_since = None;
+                self.engine.forget_version();
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
         };
         // Whoever observed an attempt in the making looks again.
         workload.signal.send_replace(());

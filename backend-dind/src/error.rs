@@ -1,5 +1,7 @@
 //! Failures, as kind and retriability.
 
+use std::time::Duration;
+
 use runner_agent::backend::InvalidConfig;
 use runner_core::backend::{BackendError, BackendErrorKind};
 
@@ -33,6 +35,9 @@ pub enum OpenError {
         why: String,
     },
 }
+
+/// How long an engine that answers with errors is asked again before they are told.
+pub(crate) const FAILURE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The engine, or this machine, failed; it may do better later.
 pub(crate) fn substrate(

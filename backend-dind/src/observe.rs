@@ -26,7 +26,8 @@ use crate::{
     backend::Shared,
     engine::EngineErrorKind,
     ensure::was_started,
-    error, judge,
+    error::{self, FAILURE_PATIENCE},
+    judge,
     live::Live,
     logs::{LogFiles, Read},
     names::STOPPED,
@@ -43,8 +44,6 @@ const SHORT_POLL: Duration = Duration::from_millis(50);
 /// Between two tries to reach an engine: at first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// How long an engine that answers with errors is asked again before they are told.
-const FAILURE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long files may lack what a live copy says is there.
 const GAP_TRIES: u32 = 20;
 /// How long the end of a container is waited for once its shim said its last word.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bollard::{
-    API_DEFAULT_VERSION, Docker,
+    API_DEFAULT_VERSION, BollardRequest, Docker,
     container::LogOutput,
     models::{
         ContainerCreateBody, ContainerInspectResponse, ContainerSummary, ImageInspect, SystemInfo, Volume,
@@ -266,7 +266,7 @@ impl Engine {
 
 /// The client over a route. `seconds`: how long an answer may take to begin.
 pub(super) fn connect(route: Route, seconds: u64) -> Result<Docker, EngineError> {
-    let transport = move |request| route.clone().request(request);
+    let transport = move |request: BollardRequest| route.clone().request(request);
     // The route knows where to; the client only wants an address that it can parse.
     Ok(Docker::connect_with_custom_transport(transport, Some("http://docker"), seconds, API_DEFAULT_VERSION)?)
 }

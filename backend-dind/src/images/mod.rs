@@ -344,7 +344,9 @@ impl State {
     /// Asks the registry for it, and remembers that it was given.
     async fn ask(&self, name: &str, login: &Login) -> Result<DistributionInspect, Failure> {
         let docker = self.docker().await?;
-        let found = self.engine.answered(docker.inspect_registry_image(name, login.to_engine())).await?;
+        let asking = docker.inspect_registry_image(name, login.to_engine());
+        let answer = tokio::time::timeout(self.engine.timeout(), asking).await;
+        let found = answer.map_err(EngineError::unreachable)??;
         if let (Some(digest), Ok(reference)) = (&found.descriptor.digest, name.parse::<Reference>()) {
             self.prove(login.id, reference.at(digest));
         }
