@@ -32,7 +32,7 @@ use crate::{
     agent::Agent,
     capability,
     config::DindConfig,
-    engine::{Engine, EngineError, EngineErrorKind},
+    engine::{Engine, EngineErrorKind},
     error::{self, OpenError},
     images::{ImageId, Images},
     live::{self, RequestError},

@@ -359,6 +359,34 @@ async fn a_polite_restart_keeps_what_runs(on: On) {
     scene.assert_clean(&[id]).await;
 }
 
+/// Who sits at a terminal goes on where they were.
+async fn a_terminal_takes_input_and_a_new_size_after_a_crash(on: On) {
+    let Some(mut scene) = Scene::start(on, "a terminal").await else { return };
+    let service = &mut scene.service;
+    let script = "stty size; read line; echo got $line; read line; stty size; echo got $line";
+    let spec = RunSpec::command(["sh", "-c", script]).terminal(90, 30);
+    let handle = service.client().run(spec).await.expect("run");
+    let id = handle.id();
+    watch_for(&service.client(), id, "30 90").await;
+    let attachment = handle.attach().await.expect("attach");
+    attachment.input().stdin("before\n").await.expect("input");
+    watch_for(&service.client(), id, "got before").await;
+    drop(attachment);
+    service.kill();
+    service.restart(&[]).await;
+    let client = service.client();
+    // Until the run is adopted nobody takes its input.
+    let attachment = eventually("an attachment", async || client.attach(id).await.ok()).await;
+    attachment.input().resize(100, 40).await.expect("resize");
+    attachment.input().stdin("after\n").await.expect("input");
+    let watched = watch(&client, id, "").await;
+    let shown = String::from_utf8_lossy(&watched.out).replace('\r', "");
+    assert!(shown.contains("40 100\n") && shown.contains("got after\n"), "{shown}");
+    assert_one_life(&watched, proto::RunState::Succeeded);
+    assert!(watched.err.is_empty());
+    scene.assert_clean(&[id]).await;
+}
+
 /// The second of two services on one data directory refuses, says why, and harms nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_service_on_the_same_data_directory_refuses() {
@@ -405,4 +433,5 @@ on_every_backend! {
     a_watcher_sees_a_whole_log_over_crashes
     a_timeout_counts_while_the_service_is_away
     a_polite_restart_keeps_what_runs
+    a_terminal_takes_input_and_a_new_size_after_a_crash
 }

@@ -42,7 +42,10 @@ pub(crate) fn join(plan: &CgroupPlan, pid: i32) -> Result<(), String> {
 
 /// The control groups of a container, as its own processes see them: to be read, never to be changed.
 pub(crate) fn of_this_container() -> CgroupPlan {
-    let top = Path::new("/sys/fs/cgroup");
+    of_container(Path::new("/sys/fs/cgroup"))
+}
+
+fn of_container(top: &Path) -> CgroupPlan {
     let version = if top.join("cgroup.controllers").exists() { 2 } else { 1 };
     let directories = if version == 2 {
         vec![top.to_owned()]
@@ -182,6 +185,69 @@ mod tests {
         let text = "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n";
         assert_eq!(field(text, "oom_kill"), Some(3));
         assert_eq!(field(text, "oom"), None);
+    }
+
+    /// The files of a container's groups, as kernels wrote them.
+    fn recorded(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn counters_of_version_2_are_those_of_the_containers_own_group() {
+        let mut files = vec![
+            ("cgroup.controllers", "cpuset cpu io memory pids\n"),
+            ("memory.events", "low 0\nhigh 0\nmax 41\noom 2\noom_kill 1\noom_group_kill 0\n"),
+            ("memory.peak", "16777216\n"),
+            ("cpu.stat", "usage_usec 2500000\nuser_usec 2000000\nsystem_usec 500000\nnr_periods 0\n"),
+            ("pids.events", "max 3\n"),
+        ];
+        let dir = recorded(&files);
+        let plan = of_container(dir.path());
+        assert_eq!((plan.version, plan.directories.as_slice()), (2, [dir.path().to_owned()].as_slice()));
+        let seen = Counters {
+            oom_kills: 1,
+            forks_refused: 3,
+            cpu: Some(Duration::from_millis(2500)),
+            max_memory_bytes: Some(16_777_216),
+        };
+        assert_eq!(counters(&plan), seen);
+        // Kernels before 5.19 keep no peak.
+        files.retain(|(name, _)| *name != "memory.peak");
+        let dir = recorded(&files);
+        assert_eq!(counters(&of_container(dir.path())), Counters { max_memory_bytes: None, ..seen });
+    }
+
+    #[test]
+    fn counters_of_version_1_come_from_each_controllers_own_hierarchy() {
+        let dir = recorded(&[
+            ("memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"),
+            ("memory/memory.max_usage_in_bytes", "16777216\n"),
+            ("cpuacct/cpuacct.usage", "2500000000\n"),
+            ("pids/pids.events", "max 3\n"),
+            // Hybrid machines have it, without controllers.
+            ("unified/cgroup.controllers", "\n"),
+        ]);
+        let plan = of_container(dir.path());
+        assert_eq!(plan.version, 1);
+        let seen = Counters {
+            oom_kills: 2,
+            forks_refused: 3,
+            cpu: Some(Duration::from_millis(2500)),
+            max_memory_bytes: Some(16_777_216),
+        };
+        assert_eq!(counters(&plan), seen);
+    }
+
+    #[test]
+    fn what_no_controller_counts_is_absent() {
+        let dir = recorded(&[("cgroup.controllers", "\n")]);
+        assert_eq!(counters(&of_container(dir.path())), Counters::default());
     }
 
     #[test]
