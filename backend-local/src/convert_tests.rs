@@ -1,6 +1,9 @@
 //! Goldens: the whole of what a spec becomes.
 
-use runner_agent::exec::protocol::{Namespaces, ProbeReport};
+use runner_agent::{
+    backend::DefaultUser,
+    exec::protocol::{Namespaces, ProbeReport},
+};
 use runner_core::{
     id::RunId,
     spec::{Output, Resources, TerminalSize},

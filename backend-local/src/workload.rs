@@ -136,11 +136,6 @@ impl Workloads {
     pub(crate) fn forget(&self, workload: &Arc<Workload>) {
         self.known.forget(workload.attempt, workload);
     }
-
-    #[cfg(test)]
-    pub(crate) fn len(&self) -> usize {
-        self.known.len()
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
