@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use bollard::models::ContainerState;
+use bollard::models::{ContainerState, ContainerStateStatusEnum};
 use futures::{StreamExt as _, stream, stream::BoxStream};
 use runner_agent::{
     backend::{Counted, Ending, PublishRecord, judge},
@@ -321,8 +321,9 @@ impl Observer {
         if self.shared.read_record(name, STOPPED).await?.is_some() {
             return Ok(Ending::Stopped { time: self.stopped_at(name).await?, started: true });
         }
-        // A container that was removed since has no records either.
-        if self.shared.look(&self.workload, name).await?.is_none() {
+        // A container that is being removed, or was since, has no records either, and is gone in a moment.
+        let removing = state.status == Some(ContainerStateStatusEnum::REMOVING);
+        if removing || self.shared.look(&self.workload, name).await?.is_none() {
             return Ok(self.gone());
         }
         let said = self.shared.read_record(name, name::ERRORS).await?.unwrap_or_default();
