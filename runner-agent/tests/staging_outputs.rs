@@ -159,8 +159,9 @@ async fn a_destination_takes_the_files_and_the_manifest_names_them() {
     let manifest = bench.publish(false).await.unwrap().manifest;
     let keys: Vec<_> =
         manifest.entries.iter().filter_map(|entry| entry.key.as_ref()).map(|k| k.as_str()).collect();
-    assert_eq!(keys, ["uploads/t/two/x/y", "uploads/t/one/r.txt"]);
-    assert_eq!(bench.store.keys(), ["runs/t/r/1/manifest.json", "uploads/t/one/r.txt", "uploads/t/two/x/y"]);
+    assert_eq!(keys, ["uploads/t/two/r/1/x/y", "uploads/t/one/r/1/r.txt"]);
+    let stored = ["runs/t/r/1/manifest.json", "uploads/t/one/r/1/r.txt", "uploads/t/two/r/1/x/y"];
+    assert_eq!(bench.store.keys(), stored);
 }
 
 #[tokio::test]

@@ -42,9 +42,38 @@ impl ArtifactKey {
         Self(format!("runs/{tenant}/{}/{}", attempt.run, attempt.number))
     }
 
+    /// What a run stores below a destination of its outputs: `DESTINATION/RUN`.
+    ///
+    /// # Errors
+    /// Where the whole is too long for a key.
+    pub fn of_run(&self, run: RunId) -> Result<Self, InvalidId> {
+        self.join(&run.to_string())
+    }
+
+    /// What an attempt stores below a destination of its outputs: `DESTINATION/RUN/ATTEMPT`. As two attempts share no key below
+    /// it, a retry never mixes their files there either.
+    ///
+    /// # Errors
+    /// Where the whole is too long for a key.
+    pub fn of_attempt(&self, attempt: AttemptId) -> Result<Self, InvalidId> {
+        self.join(&format!("{}/{}", attempt.run, attempt.number))
+    }
+
     /// Everything that a caller uploaded under one upload id.
     pub fn upload_prefix(tenant: &TenantId, upload: &uuid::Uuid) -> Self {
         Self(format!("uploads/{tenant}/{upload}"))
+    }
+
+    /// The prefix of the upload that this key belongs to: `uploads/TENANT/NAME`. `None`: it belongs to none.
+    pub fn upload(&self) -> Option<Self> {
+        let mut ends = self.0.match_indices('/').map(|(at, _)| at).skip(1);
+        match (self.0.split('/').next(), ends.next()) {
+            (Some("uploads"), Some(_)) => {
+                let end = ends.next().unwrap_or(self.0.len());
+                Some(Self(self.0[..end].to_owned()))
+            }
+            _ => None,
+        }
     }
 }
 
@@ -380,6 +409,10 @@ pub trait ArtifactStore: fmt::Debug + Send + Sync + 'static {
     async fn delete(&self, key: &ArtifactKey) -> Result<(), ArtifactError>;
     /// Whether the store answers: writes, reads and removes a probe object.
     async fn probe(&self) -> Result<(), ArtifactError>;
+    /// The same store, held to what one run may cost: memory, requests at once, bandwidth. `None`: it has no such limits.
+    fn for_run(&self) -> Option<std::sync::Arc<dyn ArtifactStore>> {
+        None
+    }
     /// A request to the store itself that permits this for so long. `None` where the store cannot, or could not hold an upload
     /// to what was promised; then the bytes go through the service.
     async fn direct(

@@ -25,6 +25,15 @@ pub const POINTS: &[&str] = &[
     "cancel.stopped",
 ];
 
+/// Every crash point of a removal, in its order.
+pub const REMOVAL_POINTS: &[&str] = &[
+    "removal.begun",
+    "removal.logs-gone",
+    "removal.manifests-gone",
+    "removal.artifacts-gone",
+    "removal.done",
+];
+
 /// Kills the process here when `RUNNER_CRASH_AT` names this point (`NAME` or `NAME:N` for its N-th passage).
 #[inline]
 pub fn point(name: &'static str) {
@@ -49,7 +58,8 @@ mod armed {
     static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
 
     pub(super) fn point(name: &'static str) {
-        debug_assert!(super::POINTS.contains(&name), "crash point {name} is not listed");
+        let listed = super::POINTS.contains(&name) || super::REMOVAL_POINTS.contains(&name);
+        debug_assert!(listed, "crash point {name} is not listed");
         let armed = ARMED.get_or_init(|| {
             let value = std::env::var("RUNNER_CRASH_AT").ok().filter(|value| !value.is_empty())?;
             let (name, count) = match value.split_once(':') {

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    artifact::Manifest,
+    artifact::{ArtifactKey, Manifest},
     clock::Timestamp,
     id::{AttemptId, BackendName, IdempotencyKey, RunId, TenantId},
     outcome::Outcome,
@@ -320,6 +320,63 @@ pub struct PageCursor {
     pub id: RunId,
 }
 
+/// A finished run, as retention needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndedRun {
+    /// Which.
+    pub id: RunId,
+    /// Whose.
+    pub tenant: TenantId,
+    /// When it reached its terminal state.
+    pub ended: Timestamp,
+}
+
+/// A place in the order of ends, by (ended, id).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct EndedCursor {
+    /// Of the last run before the place.
+    pub ended: Timestamp,
+    /// Of the last run before the place.
+    pub id: RunId,
+}
+
+impl EndedRun {
+    /// The place right after this run.
+    pub const fn cursor(&self) -> EndedCursor {
+        EndedCursor { ended: self.ended, id: self.id }
+    }
+}
+
+/// What of finished runs is swept apart from their rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Swept {
+    /// Their logs.
+    Logs,
+    /// Their outputs.
+    Outputs,
+}
+
+impl Swept {
+    /// Its name in stores.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Logs => "logs",
+            Self::Outputs => "outputs",
+        }
+    }
+}
+
+/// The store's answer to [`Store::remove`] and [`Store::begin_removal`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removed {
+    /// It was done; after [`Store::remove`], nothing of the run is stored any more.
+    Gone,
+    /// There was no such run.
+    Unknown,
+    /// The run is not terminal. Nothing changed.
+    Live,
+}
+
 /// Stored data that does not decode. It is quarantined: reported, left as it is, and everything else goes on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("table {table}, column {column}, key {key}: {detail}")]
@@ -393,6 +450,10 @@ pub struct LiveRuns {
 /// 7. `list` MUST be stable: pages that follow one another's cursors show every run that was there at the first page
 ///    exactly once, whatever is added meanwhile.
 /// 8. Cost of a verb on one run MUST NOT grow with the number of finished runs.
+/// 9. `remove` takes everything of a terminal run in one transaction, its key included, which may name another run then; of a
+///    run that is not terminal, nothing. A run whose row does not decode is removed too, where its end is known.
+/// 10. `begin_removal` is durable: until `remove`, `removals` names the run. It changes nothing else.
+/// 11. `names_upload` knows every stored run, whether live or ended, whose spec [names](crate::spec::RunSpec::uploads) the upload.
 #[async_trait]
 pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     /// Accepts a run.
@@ -429,6 +490,25 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<CancelRequested, StoreError>;
     /// Events of a run after number `after`, in order, at most `max`. [`StoreError::NotFound`] where there is no such run.
     async fn events(&self, id: RunId, after: u64, max: usize) -> Result<Vec<StoredEvent>, StoreError>;
+    /// Runs that ended before `until`, in the order of their ends, after a place in it. Rows that do not decode are among them.
+    async fn ended(
+        &self,
+        after: Option<EndedCursor>,
+        until: Timestamp,
+        max: usize,
+    ) -> Result<Vec<EndedRun>, StoreError>;
+    /// How far a sweep has come; `None`: nowhere yet.
+    async fn swept(&self, what: Swept) -> Result<Option<EndedCursor>, StoreError>;
+    /// Stores how far a sweep has come.
+    async fn set_swept(&self, what: Swept, cursor: EndedCursor) -> Result<(), StoreError>;
+    /// Whether a stored run names the upload with this prefix.
+    async fn names_upload(&self, upload: &ArtifactKey) -> Result<bool, StoreError>;
+    /// Records that a terminal run is being removed. `Gone`: it is recorded, by this call or one before.
+    async fn begin_removal(&self, id: RunId) -> Result<Removed, StoreError>;
+    /// Runs whose removal was begun, at most `max`.
+    async fn removals(&self, max: usize) -> Result<Vec<EndedRun>, StoreError>;
+    /// Removes a terminal run: its row and everything that belongs to it.
+    async fn remove(&self, id: RunId) -> Result<Removed, StoreError>;
     /// Number of runs that are not terminal, for metrics.
     async fn live_count(&self) -> Result<u64, StoreError>;
     /// Whether the store answers a write and a read.

@@ -11,7 +11,8 @@ use crate::error::OpenError;
 const APPLICATION_ID: i64 = 0x726e_6e72;
 
 /// The migration at index `i` leads from version `i` to `i + 1`. Append only.
-pub(crate) const MIGRATIONS: &[&str] = &[include_str!("../migrations/0001-runs.sql")];
+pub(crate) const MIGRATIONS: &[&str] =
+    &[include_str!("../migrations/0001-runs.sql"), include_str!("../migrations/0002-retention.sql")];
 
 /// Brings a database to the newest version.
 pub(crate) fn migrate(conn: &mut Connection, path: &Path, migrations: &[&str]) -> Result<(), OpenError> {
@@ -66,6 +67,35 @@ mod tests {
         let row: (i64, i64) =
             conn.query_row("SELECT x, y FROM a", (), |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
         assert_eq!(row, (1, 2));
+    }
+
+    #[test]
+    fn runs_that_are_there_already_keep_the_uploads_that_they_name() {
+        let mut conn = Connection::open_in_memory().unwrap();
+        let path = Path::new("x");
+        migrate(&mut conn, path, &MIGRATIONS[..1]).unwrap();
+        let specs = [
+            r#"{"inputs":[{"source":{"artifact":"artifact:uploads/t/a/files/x/y"}},{"source":{"inline":""}},
+                {"source":{"artifact":"artifact:uploads/t/b/"}},{"source":{"artifact":"artifact:uploads/t/b/files/x"}}],
+                "outputs":[{"destination":"artifact:uploads/t/c/"},{"destination":null}]}"#,
+            r#"{"inputs":[{"source":{"artifact":"artifact:runs/t/r/1/outputs/0"}},{"source":{"artifact":"artifact:uploads/t"}}]}"#,
+            "not JSON",
+        ];
+        for (rn, spec) in (0i64..).zip(specs) {
+            conn.execute(
+                "INSERT INTO runs (rn, id, tenant, digest, state, attempt, backend, backend_reason, created, last_event) \
+                 VALUES (?1, randomblob(16), 't', x'00', 'QUEUED', 0, 'local', '', 1, 1)",
+                [rn],
+            )
+            .unwrap();
+            conn.execute("INSERT INTO specs (rn, spec) VALUES (?1, ?2)", (rn, spec)).unwrap();
+        }
+        migrate(&mut conn, path, MIGRATIONS).unwrap();
+        let mut named = conn.prepare("SELECT upload, rn FROM named_uploads ORDER BY upload").unwrap();
+        let named: Vec<(String, i64)> =
+            named.query_map((), |row| Ok((row.get(0)?, row.get(1)?))).unwrap().map(Result::unwrap).collect();
+        let expected = ["uploads/t/a", "uploads/t/b", "uploads/t/c"].map(|upload| (upload.to_owned(), 0));
+        assert_eq!(named, expected);
     }
 
     #[test]

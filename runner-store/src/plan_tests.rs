@@ -55,6 +55,20 @@ const OF_ONE_RUN: &[&str] = &[
     read::RN,
     read::ATTEMPTS,
     read::EVENTS,
+    read::SWEPT,
+    write::ENDED,
+    write::SET_SWEPT,
+    write::REMOVE[0],
+    write::REMOVE[1],
+    write::REMOVE[2],
+    write::REMOVE[3],
+    write::REMOVE[4],
+    write::REMOVE[5],
+    write::REMOVE[6],
+    write::REMOVE[7],
+    write::BEGIN_REMOVAL,
+    write::INSERT_NAMED,
+    read::NAMES_UPLOAD,
     write::INSERT_RUN,
     write::INSERT_SPEC,
     write::INSERT_LABEL,
@@ -96,6 +110,21 @@ fn what_a_restart_reads_is_found_by_the_index_of_live_runs() {
     assert!(of_timers[0].starts_with("SCAN t"), "{of_timers:#?}");
     assert!(of_timers[1].starts_with("SEARCH r"), "{of_timers:#?}");
     for plan in [of_live, of_timers] {
+        assert!(!plan.iter().any(|line| line.contains("TEMP B-TREE")), "{plan:#?}");
+    }
+}
+
+#[test]
+fn a_sweep_reads_in_the_order_of_ends_and_a_restart_finds_what_is_being_removed() {
+    let conn = database();
+    fill(&conn);
+    let of_ended = plan(&conn, read::ENDED);
+    assert!(of_ended[0].starts_with("SEARCH") && of_ended[0].contains("runs_ended"), "{of_ended:#?}");
+    let of_removals = plan(&conn, read::REMOVALS);
+    // Few runs are being removed at once, so the outer loop is small; the inner one must be a search.
+    assert!(of_removals[0].starts_with("SCAN m"), "{of_removals:#?}");
+    assert!(of_removals[1].starts_with("SEARCH r"), "{of_removals:#?}");
+    for plan in [of_ended, of_removals] {
         assert!(!plan.iter().any(|line| line.contains("TEMP B-TREE")), "{plan:#?}");
     }
 }

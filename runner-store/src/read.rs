@@ -3,8 +3,13 @@
 use std::fmt::Write as _;
 
 use runner_core::{
+    artifact::ArtifactKey,
+    clock::Timestamp,
     id::RunId,
-    store::{AttemptRecord, LiveRuns, PageCursor, RunFilter, RunPage, RunRecord, StoreError, StoredEvent},
+    store::{
+        AttemptRecord, EndedCursor, EndedRun, LiveRuns, PageCursor, RunFilter, RunPage, RunRecord,
+        StoreError, StoredEvent, Swept,
+    },
 };
 use rusqlite::{Connection, OptionalExtension as _, params_from_iter, types::Value};
 
@@ -28,6 +33,62 @@ pub(crate) const LIVE: &str = concat!(
 );
 pub(crate) const LIVE_TIMERS: &str = "SELECT r.id, t.kind, t.due, t.duration FROM timers t CROSS JOIN runs r ON r.rn = t.rn \
      ORDER BY t.rn, t.kind";
+
+pub(crate) const ENDED: &str = "SELECT id, tenant, ended FROM runs INDEXED BY runs_ended \
+     WHERE ended IS NOT NULL AND ended < ?1 AND (ended, id) > (?2, ?3) ORDER BY ended, id LIMIT ?4";
+pub(crate) const SWEPT: &str = "SELECT ended, id FROM sweeps WHERE kind = ?1";
+
+pub(crate) const REMOVALS: &str =
+    "SELECT r.id, r.tenant, r.ended FROM removals m CROSS JOIN runs r ON r.rn = m.rn ORDER BY m.rn LIMIT ?1";
+pub(crate) const NAMES_UPLOAD: &str = "SELECT rn FROM named_uploads WHERE upload = ?1 LIMIT 1";
+
+/// Runs whose removal was begun.
+pub(crate) fn removals(conn: &Connection, max: usize) -> Result<Vec<EndedRun>, Fault> {
+    let mut statement = conn.prepare_cached(REMOVALS)?;
+    let mut rows = statement.query([i64::try_from(max).unwrap_or(i64::MAX)])?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        found.extend(row::ended(row).ok());
+    }
+    Ok(found)
+}
+
+/// Whether a run names an upload.
+pub(crate) fn names_upload(conn: &Connection, upload: &ArtifactKey) -> Result<bool, Fault> {
+    Ok(conn.prepare_cached(NAMES_UPLOAD)?.exists([upload.as_str()])?)
+}
+
+/// Runs that ended before `until`, after a place in the order of ends.
+pub(crate) fn ended(
+    conn: &Connection,
+    after: Option<EndedCursor>,
+    until: Timestamp,
+    max: usize,
+) -> Result<Vec<EndedRun>, Fault> {
+    let mut statement = conn.prepare_cached(ENDED)?;
+    // Before every run: no time is as early.
+    let place = after.map_or((i64::MIN, [0; 16]), |after| (after.ended.as_micros(), row::key(after.id)));
+    let max = i64::try_from(max).unwrap_or(i64::MAX);
+    let mut rows = statement.query((until.as_micros(), place.0, place.1, max))?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        // One whose tenant does not decode cannot be acted upon; it is left as it is.
+        found.extend(row::ended(row).ok());
+    }
+    Ok(found)
+}
+
+/// How far a sweep has come.
+pub(crate) fn swept(conn: &Connection, what: Swept) -> Result<Option<EndedCursor>, Fault> {
+    let mut statement = conn.prepare_cached(SWEPT)?;
+    let found = statement
+        .query_row([what.as_str()], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, [u8; 16]>(1)?)))
+        .optional()?;
+    Ok(found.map(|(ended, id)| EndedCursor {
+        ended: Timestamp::from_micros(ended),
+        id: RunId::new(uuid::Uuid::from_bytes(id)),
+    }))
+}
 
 /// Finds a run.
 pub(crate) fn get(conn: &Connection, id: RunId) -> Result<Option<RunRecord>, Fault> {

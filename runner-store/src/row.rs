@@ -7,7 +7,7 @@ use runner_core::{
     clock::Timestamp,
     id::RunId,
     state::{Position, RunState},
-    store::{AttemptRecord, Inconsistency, RunRecord, StoreError, StoredEvent, Timer, TimerKind},
+    store::{AttemptRecord, EndedRun, Inconsistency, RunRecord, StoreError, StoredEvent, Timer, TimerKind},
 };
 use rusqlite::{Row, types::FromSql};
 use serde::{Serialize, de::DeserializeOwned};
@@ -71,6 +71,15 @@ fn json_fault(error: &serde_json::Error) -> String {
 pub(crate) fn to_json<T: Serialize>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value)
         .map_err(|error| StoreError::Other(format!("cannot be written as JSON: {error}")))
+}
+
+/// A row of `read::ENDED`.
+pub(crate) fn ended(row: &Row<'_>) -> Result<EndedRun, Inconsistency> {
+    let mut source = Source { row, table: "runs", key: String::new() };
+    let id = RunId::new(Uuid::from_bytes(source.get(0, "id")?));
+    source.key = id.to_string();
+    let ended = Timestamp::from_micros(source.get(2, "ended")?);
+    Ok(EndedRun { id, tenant: source.parse(1, "tenant")?, ended })
 }
 
 /// The key of a run's row: the UUID's bytes.

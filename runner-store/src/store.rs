@@ -12,12 +12,14 @@ use std::{
 
 use async_trait::async_trait;
 use runner_core::{
+    artifact::ArtifactKey,
     clock::Timestamp,
     id::RunId,
     outcome::Outcome,
     store::{
-        Accepted, AttemptRecord, CancelIntent, CancelRequested, LiveLimits, LiveRuns, NewRun, PageCursor,
-        RunEvent, RunFilter, RunPage, RunRecord, Store, StoreError, StoredEvent, Transition, Transitioned,
+        Accepted, AttemptRecord, CancelIntent, CancelRequested, EndedCursor, EndedRun, LiveLimits, LiveRuns,
+        NewRun, PageCursor, Removed, RunEvent, RunFilter, RunPage, RunRecord, Store, StoreError, StoredEvent,
+        Swept, Transition, Transitioned,
     },
 };
 use rusqlite::Connection;
@@ -228,6 +230,40 @@ impl Store for SqliteStore {
 
     async fn events(&self, id: RunId, after: u64, max: usize) -> Result<Vec<StoredEvent>, StoreError> {
         self.read(move |conn| read::events(conn, id, after, max)).await
+    }
+
+    async fn ended(
+        &self,
+        after: Option<EndedCursor>,
+        until: Timestamp,
+        max: usize,
+    ) -> Result<Vec<EndedRun>, StoreError> {
+        self.read(move |conn| read::ended(conn, after, until, max)).await
+    }
+
+    async fn swept(&self, what: Swept) -> Result<Option<EndedCursor>, StoreError> {
+        self.read(move |conn| read::swept(conn, what)).await
+    }
+
+    async fn set_swept(&self, what: Swept, cursor: EndedCursor) -> Result<(), StoreError> {
+        self.write(write::SetSwept(what, cursor)).await
+    }
+
+    async fn names_upload(&self, upload: &ArtifactKey) -> Result<bool, StoreError> {
+        let upload = upload.clone();
+        self.read(move |conn| read::names_upload(conn, &upload)).await
+    }
+
+    async fn begin_removal(&self, id: RunId) -> Result<Removed, StoreError> {
+        self.write(write::BeginRemoval(id)).await
+    }
+
+    async fn removals(&self, max: usize) -> Result<Vec<EndedRun>, StoreError> {
+        self.read(move |conn| read::removals(conn, max)).await
+    }
+
+    async fn remove(&self, id: RunId) -> Result<Removed, StoreError> {
+        self.write(write::Remove(id)).await
     }
 
     async fn live_count(&self) -> Result<u64, StoreError> {

@@ -6,8 +6,8 @@ use runner_core::{
     outcome::Outcome,
     state::{Position, RunState},
     store::{
-        Accepted, CancelIntent, CancelRequested, LiveLimits, NewRun, RunEvent, RunRecord, StoreError, Timer,
-        Transition, Transitioned,
+        Accepted, CancelIntent, CancelRequested, EndedCursor, LiveLimits, NewRun, Removed, RunEvent,
+        RunRecord, StoreError, Swept, Timer, Transition, Transitioned,
     },
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension as _, named_params, params};
@@ -24,6 +24,7 @@ pub(crate) const INSERT_RUN: &str = "INSERT INTO runs (id, tenant, key, digest, 
 pub(crate) const INSERT_SPEC: &str = "INSERT INTO specs (rn, spec) VALUES (?1, ?2)";
 pub(crate) const INSERT_LABEL: &str =
     "INSERT INTO labels (name, value, created, id, rn) VALUES (?1, ?2, ?3, ?4, ?5)";
+pub(crate) const INSERT_NAMED: &str = "INSERT INTO named_uploads (upload, rn) VALUES (?1, ?2)";
 pub(crate) const INSERT_EVENT: &str = "INSERT INTO events (rn, seq, time, event) VALUES (?1, ?2, ?3, ?4)";
 pub(crate) const INSERT_ATTEMPT: &str =
     "INSERT INTO attempts (rn, number, backend, started, ended, outcome) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
@@ -43,6 +44,21 @@ pub(crate) const END: &str = "UPDATE runs SET state = :state, attempt = :attempt
 pub(crate) const NEXT_EVENT: &str =
     "UPDATE runs SET last_event = last_event + 1 WHERE id = ?1 AND ended IS NULL RETURNING rn, last_event";
 pub(crate) const CANCEL: &str = "UPDATE runs SET cancel = ?2 WHERE id = ?1 AND ended IS NULL";
+pub(crate) const ENDED: &str = "SELECT rn, ended FROM runs WHERE id = ?1";
+/// What belongs to a run, and then the run.
+pub(crate) const REMOVE: [&str; 8] = [
+    "DELETE FROM removals WHERE rn = ?1",
+    "DELETE FROM named_uploads WHERE rn = ?1",
+    "DELETE FROM timers WHERE rn = ?1",
+    "DELETE FROM attempts WHERE rn = ?1",
+    "DELETE FROM events WHERE rn = ?1",
+    "DELETE FROM labels WHERE rn = ?1",
+    "DELETE FROM specs WHERE rn = ?1",
+    "DELETE FROM runs WHERE rn = ?1 AND ended IS NOT NULL",
+];
+pub(crate) const BEGIN_REMOVAL: &str = "INSERT OR IGNORE INTO removals (rn) VALUES (?1)";
+pub(crate) const SET_SWEPT: &str = "INSERT INTO sweeps (kind, ended, id) VALUES (?1, ?2, ?3) \
+     ON CONFLICT (kind) DO UPDATE SET ended = excluded.ended, id = excluded.id";
 pub(crate) const PROBE: &str = "UPDATE probe SET count = count + 1";
 
 /// What a verb works on.
@@ -124,6 +140,9 @@ impl Accept {
         cx.insert_event(rn, 1, run.time, &self.event)?;
         for (name, value) in &run.spec.labels {
             cx.statement(INSERT_LABEL)?.execute(params![name, value, created, id, rn])?;
+        }
+        for upload in run.spec.uploads() {
+            cx.statement(INSERT_NAMED)?.execute(params![upload.as_str(), rn])?;
         }
         cx.live.add(run.tenant.as_str());
         Ok(true)
@@ -382,6 +401,73 @@ impl Cancel {
             Transitioned::Conflict(_) => {
                 Err(StoreError::Other("a queued run changed under its own transaction".to_owned()).into())
             }
+        }
+    }
+}
+
+/// The row number of a terminal run; else why there is none.
+fn terminal(cx: &Context<'_>, id: RunId) -> Result<Result<i64, Removed>, Fault> {
+    let found: Option<(i64, Option<i64>)> =
+        cx.statement(ENDED)?.query_row([row::key(id)], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+    Ok(match found {
+        None => Err(Removed::Unknown),
+        Some((_, None)) => Err(Removed::Live),
+        Some((rn, Some(_))) => Ok(rn),
+    })
+}
+
+/// `Store::begin_removal`.
+pub(crate) struct BeginRemoval(pub(crate) RunId);
+
+impl Verb for BeginRemoval {
+    type Answer = Removed;
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<Removed, Fault> {
+        match terminal(cx, self.0)? {
+            Err(answer) => Ok(answer),
+            Ok(rn) => {
+                cx.statement(BEGIN_REMOVAL)?.execute([rn])?;
+                Ok(Removed::Gone)
+            }
+        }
+    }
+}
+
+/// `Store::remove`.
+pub(crate) struct Remove(pub(crate) RunId);
+
+impl Verb for Remove {
+    type Answer = Removed;
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<Removed, Fault> {
+        let rn = match terminal(cx, self.0)? {
+            Err(answer) => return Ok(answer),
+            Ok(rn) => rn,
+        };
+        let mut removed = 0;
+        for sql in REMOVE {
+            removed = cx.statement(sql)?.execute([rn])?;
+        }
+        // The last statement is the run's own.
+        match removed {
+            1 => Ok(Removed::Gone),
+            rows => Err(StoreError::Other(format!("removing a run changed {rows} rows")).into()),
+        }
+    }
+}
+
+/// `Store::set_swept`.
+pub(crate) struct SetSwept(pub(crate) Swept, pub(crate) EndedCursor);
+
+impl Verb for SetSwept {
+    type Answer = ();
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<(), Fault> {
+        let (what, cursor) = (self.0, self.1);
+        let ended = cursor.ended.as_micros();
+        match cx.statement(SET_SWEPT)?.execute(params![what.as_str(), ended, row::key(cursor.id)])? {
+            1 => Ok(()),
+            rows => Err(StoreError::Other(format!("storing a sweep changed {rows} rows")).into()),
         }
     }
 }

@@ -26,6 +26,7 @@ use runner_store::{DataDirLock, LockError, SqliteOptions, SqliteStore};
 use serde_json::json;
 
 use crate::{
+    blob::Spool,
     config::{BackendConfig, Config, objects::ObjectStoreConfig},
     metrics::Metrics,
     server::{BindError, bind},
@@ -141,6 +142,18 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         let directory = data_dir.join("objects");
         blocking(move || open_objects(&objects, &directory, &clock)).await?
     };
+    let spool = {
+        let (dir, clock) = (data_dir.join("incoming"), Arc::clone(&clock));
+        let most = config.server.resumable_bytes.0;
+        blocking(move || {
+            Spool::open(&dir, most, clock).map_err(|source| ServeError::File {
+                what: "open",
+                path: dir,
+                source,
+            })
+        })
+        .await?
+    };
     let (signer, instance) = {
         let (dir, clock, ids) = (data_dir.clone(), Arc::clone(&clock), Arc::clone(&ids));
         blocking(move || {
@@ -162,7 +175,11 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         clock: Arc::clone(&clock),
         ids: Arc::clone(&ids),
         limits: config.run_limits(),
-        options: Options::default(),
+        options: Options {
+            retention: config.retention.to_domain(),
+            publish_patience: config.object_store.publish_patience.0,
+            ..Options::default()
+        },
         meter: Arc::clone(&metrics) as _,
     };
     let service = RunService::start(parts).await.map_err(ServeError::Service)?;
@@ -178,6 +195,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         service,
         artifacts,
         signer: Arc::new(signer),
+        spool: Arc::new(spool),
         clock,
         ids,
         metrics,

@@ -25,6 +25,9 @@ use crate::{
 /// How often the standard health service is brought up to date.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How often uploads are looked for that nobody resumed.
+const SPOOL_INTERVAL: Duration = Duration::from_secs(600);
+
 /// What the surfaces are made of.
 #[derive(Debug)]
 pub struct SurfaceParts {
@@ -34,6 +37,8 @@ pub struct SurfaceParts {
     pub artifacts: Arc<dyn ArtifactStore>,
     /// Mints and checks URLs.
     pub signer: Arc<BlobSigner>,
+    /// What has come of uploads that may be resumed.
+    pub spool: Arc<blob::Spool>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Names of uploads.
@@ -69,7 +74,8 @@ impl Surfaces {
         config: &Config,
         parts: SurfaceParts,
     ) -> Result<Self, tonic_reflection::server::Error> {
-        let SurfaceParts { service, artifacts, signer, clock, ids, metrics, listener, ops_listener } = parts;
+        let SurfaceParts { service, artifacts, signer, spool, clock, ids, metrics, listener, ops_listener } =
+            parts;
         let draining = CancellationToken::new();
         let abort = CancellationToken::new();
         let stop_ops = CancellationToken::new();
@@ -94,6 +100,7 @@ impl Surfaces {
             read_timeout: config.server.read_timeout.0,
             max_upload_bytes: config.server.max_upload_bytes.0,
             draining: draining.clone(),
+            spool: Arc::clone(&spool),
             writing: Arc::new(std::sync::Mutex::new(HashSet::new())),
         };
         let router =
@@ -113,6 +120,8 @@ impl Surfaces {
             "health",
             report_health(health.clone(), Arc::clone(&probe), draining.clone()),
         );
+        let idle = config.server.resumable_idle.0;
+        task::spawn(TaskKind::Loop, "spool", sweep_spool(spool, idle, draining.clone()));
         let api = task::spawn(TaskKind::Loop, "api", server.serve(listener, router));
         let ops =
             task::spawn(TaskKind::Loop, "ops", ops_server.serve(ops_listener, ops::router(probe, metrics)));
@@ -156,6 +165,22 @@ async fn nothing_here(headers: http::HeaderMap) -> http::Response<axum::body::Bo
     ));
     *response.status_mut() = http::StatusCode::NOT_FOUND;
     response
+}
+
+/// Forgets uploads that nobody resumed in time.
+async fn sweep_spool(spool: Arc<blob::Spool>, idle: Duration, draining: CancellationToken) {
+    loop {
+        let swept = Arc::clone(&spool);
+        match tokio::task::spawn_blocking(move || swept.sweep(idle)).await {
+            Ok(Ok(0)) | Err(_) => {}
+            Ok(Ok(uploads)) => tracing::info!(uploads, "forgot uploads that nobody resumed"),
+            Ok(Err(error)) => tracing::warn!(%error, "uploads that nobody resumed cannot be forgotten"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(SPOOL_INTERVAL) => {}
+            () = draining.cancelled() => return,
+        }
+    }
 }
 
 async fn report_health(health: Health, probe: Arc<ReadyProbe>, draining: CancellationToken) {

@@ -46,6 +46,9 @@ pub(crate) enum Command {
     Logs(LogsArgs),
     /// Asks for the end of a run.
     Cancel(CancelArgs),
+    /// Removes runs that have ended, with their logs and everything that they stored.
+    #[command(visible_alias = "rm")]
+    Delete(DeleteArgs),
     /// Connects this terminal, or standard input, to a run that was started with --tty or --stdin.
     Attach(AttachArgs),
     /// Uploads, downloads, lists and deletes files that runs take and store.
@@ -60,7 +63,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ArtifactCommand {
-    /// Uploads files and directories, and writes a URI for each.
+    /// Uploads files and directories, and writes a URI for each. What was interrupted goes on when it is asked for again.
     Put(PutArtifactArgs),
     /// Downloads an artifact, a tree, or what a run stored.
     Get(GetArtifactArgs),
@@ -297,6 +300,15 @@ pub(crate) struct CancelArgs {
     /// Shown to people who ask why.
     #[arg(long, value_name = "TEXT", default_value = "cancelled with runnerctl")]
     pub(crate) reason: String,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeleteArgs {
+    /// The runs' ids.
+    #[arg(value_name = "RUN", required = true)]
+    pub(crate) run: Vec<String>,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
 }

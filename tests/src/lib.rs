@@ -4,6 +4,7 @@ pub mod artifact;
 pub mod backend;
 pub mod binaries;
 pub mod docker;
+pub mod https;
 pub mod log;
 pub mod objects;
 pub mod place;

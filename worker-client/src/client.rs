@@ -342,6 +342,27 @@ impl Client {
         response.await?.into_inner().run.ok_or_else(|| no_run(DOING))
     }
 
+    /// Removes a run that has ended, with its log and everything that it stored. When it answers, nothing of it is left.
+    ///
+    /// # Errors
+    /// [`ErrorKind::FailedPrecondition`] where it has not ended; [`ErrorKind::NotFound`], also where it was removed before.
+    pub async fn delete(&self, run_id: impl Into<String>) -> Result<(), ClientError> {
+        const DOING: &str = "delete the run";
+        let message = proto::DeleteRequest { run_id: run_id.into() };
+        let mut tries = 0;
+        let response = retry::idempotent(self.retry_policy(), || {
+            tries += 1;
+            let (mut grpc, request) = (self.runner(), self.request(message.clone()));
+            async move { grpc.delete(request).await.map_err(|e| ClientError::status(DOING, e)) }
+        });
+        match response.await {
+            Ok(_) => Ok(()),
+            // The try before did it; its answer was lost.
+            Err(error) if error.kind() == ErrorKind::NotFound && tries > 1 => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Opens the input side of a run whose spec asked for `stdin` or `terminal`. Its output comes from
     /// [`Client::stream`]. Returns when the run takes input; a run that waits in the queue is waited for.
     ///

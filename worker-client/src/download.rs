@@ -240,7 +240,7 @@ impl Client {
         let signed = created.url.as_ref().ok_or_else(no_url)?;
         let (mut response, continued) = self.http().get(doing, signed, sink.received).await?;
         if !continued {
-            tracker.lost(sink.received);
+            tracker.settle(sink.received, 0);
             sink.restart().await.map_err(|e| ClientError::io(doing, e))?;
         }
         let body = response.body_mut();

@@ -22,6 +22,18 @@ const MAX_QUOTE_BYTES: usize = 512;
 const MAX_QUOTE_WAIT: Duration = Duration::from_secs(2);
 const IDLE_CONNECTIONS: usize = 16;
 
+/// What has become of an upload in pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// It is whole and stored.
+    Stored,
+    /// The service has the bytes before this one.
+    Wanted {
+        /// Offset, in bytes.
+        from: u64,
+    },
+}
+
 /// A client for signed URLs. It sends no credentials of its own: a URL is its own permission.
 #[derive(Debug, Clone)]
 pub(crate) struct HttpClient {
@@ -103,24 +115,81 @@ impl HttpClient {
         signed: &proto::SignedUrl,
         size: u64,
         body: RequestBody,
-        mut stalled: impl FnMut() -> bool,
+        stalled: impl FnMut() -> bool,
     ) -> Result<(), ClientError> {
         let mut request = self.request(doing, signed, Method::PUT, body)?;
         request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(size));
-        let mut sending = self.hyper.request(request);
-        let response = loop {
-            match tokio::time::timeout(self.stall_timeout, &mut sending).await {
-                Ok(response) => break response.map_err(|e| broken(doing, e))?,
-                Err(_) if stalled() => return Err(stall(doing, self.stall_timeout)),
-                Err(_) => {}
-            }
-        };
+        let response = self.send(doing, request, stalled).await?;
         if response.status().is_success() {
             // Read to the end, so that the connection can be used again.
             let _ = quote(response.into_body()).await;
             return Ok(());
         }
         Err(refused(doing, response).await)
+    }
+
+    /// Whether a URL is one of the service's own, which take an upload in pieces.
+    pub(crate) fn takes_pieces(signed: &proto::SignedUrl) -> bool {
+        signed.url.starts_with("/blob/v1/")
+    }
+
+    /// Sends the bytes of an object of `size` bytes from `at` on. Without a body: asks how many have come.
+    pub(crate) async fn put_piece(
+        &self,
+        doing: &str,
+        signed: &proto::SignedUrl,
+        at: u64,
+        size: u64,
+        body: Option<RequestBody>,
+        stalled: impl FnMut() -> bool,
+    ) -> Result<Piece, ClientError> {
+        let (range, length) = match (&body, size.checked_sub(1)) {
+            (Some(_), Some(last)) => (format!("bytes {at}-{last}/{size}"), size - at),
+            _ => (format!("bytes */{size}"), 0),
+        };
+        let body = body.unwrap_or_else(|| Empty::new().map_err(|never| match never {}).boxed_unsync());
+        let mut request = self.request(doing, signed, Method::PUT, body)?;
+        let range = HeaderValue::try_from(range)
+            .map_err(|e| ClientError::new(ErrorKind::Protocol, doing, e.to_string()))?;
+        request.headers_mut().insert(header::CONTENT_RANGE, range);
+        request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        let response = self.send(doing, request, stalled).await?;
+        match response.status() {
+            StatusCode::PERMANENT_REDIRECT => {
+                let wrong = || ClientError::new(ErrorKind::Protocol, doing, "the answer's range is not one");
+                let come = match response.headers().get(header::RANGE) {
+                    None => 0,
+                    Some(range) => {
+                        let last = range.to_str().ok().and_then(|range| range.strip_prefix("bytes=0-"));
+                        let last: u64 = last.and_then(|last| last.parse().ok()).ok_or_else(wrong)?;
+                        last.checked_add(1).filter(|come| *come < size).ok_or_else(wrong)?
+                    }
+                };
+                let _ = quote(response.into_body()).await;
+                Ok(Piece::Wanted { from: come })
+            }
+            status if status.is_success() => {
+                let _ = quote(response.into_body()).await;
+                Ok(Piece::Stored)
+            }
+            _ => Err(refused(doing, response).await),
+        }
+    }
+
+    async fn send(
+        &self,
+        doing: &str,
+        request: Request<RequestBody>,
+        mut stalled: impl FnMut() -> bool,
+    ) -> Result<Response<hyper::body::Incoming>, ClientError> {
+        let mut sending = self.hyper.request(request);
+        loop {
+            match tokio::time::timeout(self.stall_timeout, &mut sending).await {
+                Ok(response) => return response.map_err(|e| broken(doing, e)),
+                Err(_) if stalled() => return Err(stall(doing, self.stall_timeout)),
+                Err(_) => {}
+            }
+        }
     }
 
     /// Reads from `offset` on. Answers the response, and whether it begins at `offset` (else it begins at zero).

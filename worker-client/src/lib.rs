@@ -40,6 +40,7 @@ mod error;
 mod http_client;
 mod list;
 mod manifest_path;
+mod note;
 mod outcome;
 mod retry;
 mod spec;

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -37,6 +38,7 @@ pub struct TransferOptions {
     pub(crate) irregular: Irregular,
     pub(crate) max_entries: usize,
     pub(crate) select: Option<SelectFn>,
+    pub(crate) remember: Option<PathBuf>,
 }
 
 /// Says of a path in a tree, relative to its top, whether it is uploaded; a directory with all that is in it.
@@ -51,6 +53,7 @@ impl Default for TransferOptions {
             irregular: Irregular::Refuse,
             max_entries: 100_000,
             select: None,
+            remember: None,
         }
     }
 }
@@ -81,6 +84,14 @@ impl TransferOptions {
     #[must_use]
     pub fn select(mut self, select: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
         self.select = Some(Arc::new(select));
+        self
+    }
+
+    /// A directory in which uploads that are under way are remembered, a small file each: the same upload, begun again by
+    /// another process, goes on where the one before it ended. Notes older than two weeks are removed.
+    #[must_use]
+    pub fn remember(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.remember = Some(dir.into());
         self
     }
 
@@ -128,9 +139,11 @@ impl Tracker {
         self.tell();
     }
 
-    /// Bytes that must be moved again.
-    pub(crate) fn lost(&self, bytes: u64) {
-        self.counts.bytes_done.fetch_sub(bytes, Ordering::Relaxed);
+    /// Of a file, `counted` bytes were moved as far as it looked, and `known` in truth.
+    pub(crate) fn settle(&self, counted: u64, known: u64) {
+        self.counts.bytes_done.fetch_add(known.saturating_sub(counted), Ordering::Relaxed);
+        self.counts.bytes_done.fetch_sub(counted.saturating_sub(known), Ordering::Relaxed);
+        self.tell();
     }
 
     pub(crate) fn file_done(&self) {

@@ -30,6 +30,11 @@ pub(crate) fn run(rows: &[String]) -> Result<()> {
         }
         agent::run(true)?;
     }
+    if (rows.is_empty() || rows.iter().any(|row| row == "8"))
+        && let Err(why) = setup::install_missing(&["rclone"])
+    {
+        say(&format!("bench: no rclone: {why:#}"));
+    }
     let folder = process::target()?.join("release");
     let mut bench = std::process::Command::new(folder.join("runner-bench"));
     process::run(bench.env("RUNNER_TEST_BINARIES", &folder).args(rows))

@@ -81,6 +81,12 @@ pub(super) struct OneOutput<'a> {
     skipped: BTreeMap<&'static str, (u64, String)>,
 }
 
+/// What an attempt is called below a destination: `RUN/ATTEMPT`, the last two names of its prefix.
+fn name_of(attempt_prefix: &ArtifactKey) -> &str {
+    let prefix = attempt_prefix.as_str();
+    prefix.rmatch_indices('/').nth(1).map_or(prefix, |(at, _)| &prefix[at + 1..])
+}
+
 impl<'a> OneOutput<'a> {
     pub(super) fn new(
         job: &'a OutputPublishing<'a>,
@@ -91,7 +97,7 @@ impl<'a> OneOutput<'a> {
     ) -> Result<Self, StagingError> {
         let about = About::output(index);
         let prefix = match &output.destination {
-            Some(uri) => uri.key().clone(),
+            Some(uri) => join(uri.key(), name_of(job.attempt_prefix), &about)?,
             None => join(job.attempt_prefix, &format!("outputs/{index}"), &about)?,
         };
         Ok(Self {

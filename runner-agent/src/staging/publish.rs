@@ -51,8 +51,8 @@ pub struct Published {
 /// Stores the outputs and then the manifest.
 ///
 /// - A file goes to `{attempt_prefix}/outputs/{index}/{name}`, a directory's files to
-///   `{attempt_prefix}/outputs/{index}/{path}`; with a destination, `{destination}/` comes in place of the part up to the
-///   index. Control characters, `%` and bytes that are not UTF-8 are `%XX` in a key, and a path too long for a key is
+///   `{attempt_prefix}/outputs/{index}/{path}`; with a destination, `{destination}/{run}/{attempt}/` comes in place of the
+///   part up to the index, so that two attempts never share a key. Control characters, `%` and bytes that are not UTF-8 are `%XX` in a key, and a path too long for a key is
 ///   `~sha256-HEX`.
 /// - A directory has an entry of its own, so an empty one is seen; the output's own has an empty path.
 /// - Links, FIFOs, sockets and devices are neither followed nor stored. A hard link is stored as a file.

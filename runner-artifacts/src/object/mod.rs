@@ -64,6 +64,8 @@ pub struct Tuning {
     pub upload_bytes_per_sec: Option<u64>,
     /// All downloads together, in bytes. `None`: no limit.
     pub download_bytes_per_sec: Option<u64>,
+    /// What one run may cost, within all of the above.
+    pub run: RunTuning,
     /// Tries of one request, the first included.
     pub tries: u32,
     /// Wait before the second try; it doubles.
@@ -79,6 +81,30 @@ pub struct Tuning {
     pub min_bytes_per_sec: u64,
 }
 
+/// What the transfers of one run may cost.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunTuning {
+    /// Requests at once: half of them may read, half write.
+    pub connections: usize,
+    /// Memory, in bytes, for parts and ranges. At least one part: a run always goes on.
+    pub memory_bytes: u64,
+    /// All its uploads together, in bytes. `None`: no limit.
+    pub upload_bytes_per_sec: Option<u64>,
+    /// All its downloads together, in bytes. `None`: no limit.
+    pub download_bytes_per_sec: Option<u64>,
+}
+
+impl Default for RunTuning {
+    fn default() -> Self {
+        Self {
+            connections: 16,
+            memory_bytes: 48 * MIB,
+            upload_bytes_per_sec: None,
+            download_bytes_per_sec: None,
+        }
+    }
+}
+
 impl Default for Tuning {
     fn default() -> Self {
         Self {
@@ -88,6 +114,7 @@ impl Default for Tuning {
             memory_bytes: 128 * MIB,
             upload_bytes_per_sec: None,
             download_bytes_per_sec: None,
+            run: RunTuning::default(),
             tries: 6,
             backoff: Duration::from_millis(200),
             max_backoff: Duration::from_secs(10),
@@ -107,13 +134,14 @@ impl Tuning {
 }
 
 /// What the operations on a store share.
+#[derive(Clone)]
 pub(crate) struct Inner {
     store: Arc<dyn ObjectStore>,
     parts: Arc<dyn MultipartStore>,
     signer: Option<(Dialect, Arc<dyn Signer>)>,
     prefix: String,
     tuning: Tuning,
-    budget: Budget,
+    budget: Arc<Budget>,
     clock: Arc<dyn Clock>,
 }
 
@@ -153,7 +181,7 @@ impl ObjectArtifacts {
         tuning: Tuning,
         clock: &Arc<dyn Clock>,
     ) -> Self {
-        let budget = Budget::new(&tuning, clock);
+        let budget = Arc::new(Budget::new(&tuning, clock));
         let inner = Inner {
             parts: Arc::clone(&store) as _,
             store,
@@ -239,6 +267,11 @@ impl ArtifactStore for ObjectArtifacts {
 
     async fn probe(&self) -> Result<(), ArtifactError> {
         probe(self).await
+    }
+
+    fn for_run(&self) -> Option<Arc<dyn ArtifactStore>> {
+        let budget = Arc::new(Budget::of_run(&self.inner.budget, &self.inner.tuning.run, &self.inner.clock));
+        Some(Arc::new(Self { inner: Arc::new(Inner { budget, ..Inner::clone(&self.inner) }) }))
     }
 
     async fn direct(

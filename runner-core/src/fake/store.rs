@@ -1,21 +1,22 @@
 //! The state store in memory.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use async_trait::async_trait;
 
 use crate::{
+    artifact::ArtifactKey,
     clock::Timestamp,
     id::{IdempotencyKey, RunId, TenantId},
     outcome::Outcome,
     state::{Position, RunState},
     store::{
-        Accepted, AttemptRecord, CancelIntent, CancelRequested, Inconsistency, LiveLimits, LiveRuns, NewRun,
-        PageCursor, RunEvent, RunFilter, RunPage, RunRecord, Store, StoreError, StoredEvent, Timer,
-        TimerKind, Transition, Transitioned,
+        Accepted, AttemptRecord, CancelIntent, CancelRequested, EndedCursor, EndedRun, Inconsistency,
+        LiveLimits, LiveRuns, NewRun, PageCursor, Removed, RunEvent, RunFilter, RunPage, RunRecord, Store,
+        StoreError, StoredEvent, Swept, Timer, TimerKind, Transition, Transitioned,
     },
 };
 
@@ -33,6 +34,9 @@ struct Inner {
     keys: HashMap<(TenantId, IdempotencyKey), RunId>,
     /// The order of listings.
     created: BTreeMap<(Timestamp, RunId), ()>,
+    sweeps: HashMap<Swept, EndedCursor>,
+    /// Runs that are being removed.
+    removals: BTreeSet<RunId>,
     fault: Option<StoreError>,
     /// How often a verb met the fault.
     faults_met: u64,
@@ -51,6 +55,11 @@ struct Row {
 impl Row {
     fn live(&self) -> bool {
         !self.record.position.state.is_terminal()
+    }
+
+    fn ended(&self) -> Option<EndedRun> {
+        let run = &self.record;
+        Some(EndedRun { id: run.id, tenant: run.tenant.clone(), ended: run.ended? })
     }
 
     fn decode(&self) -> Result<&RunRecord, Inconsistency> {
@@ -319,6 +328,71 @@ impl Store for MemoryStore {
     async fn events(&self, id: RunId, after: u64, max: usize) -> Result<Vec<StoredEvent>, StoreError> {
         let inner = self.usable()?;
         Ok(inner.row(id)?.events.iter().filter(|event| event.seq > after).take(max).cloned().collect())
+    }
+
+    async fn ended(
+        &self,
+        after: Option<EndedCursor>,
+        until: Timestamp,
+        max: usize,
+    ) -> Result<Vec<EndedRun>, StoreError> {
+        let inner = self.usable()?;
+        let mut found: Vec<EndedRun> = inner
+            .runs
+            .values()
+            .filter_map(Row::ended)
+            .filter(|run| run.ended < until && after.is_none_or(|after| run.cursor() > after))
+            .collect();
+        found.sort_unstable_by_key(EndedRun::cursor);
+        found.truncate(max);
+        Ok(found)
+    }
+
+    async fn swept(&self, what: Swept) -> Result<Option<EndedCursor>, StoreError> {
+        Ok(self.usable()?.sweeps.get(&what).copied())
+    }
+
+    async fn set_swept(&self, what: Swept, cursor: EndedCursor) -> Result<(), StoreError> {
+        self.usable()?.sweeps.insert(what, cursor);
+        Ok(())
+    }
+
+    async fn names_upload(&self, upload: &ArtifactKey) -> Result<bool, StoreError> {
+        let inner = self.usable()?;
+        Ok(inner.runs.values().any(|row| row.record.spec.uploads().contains(upload)))
+    }
+
+    async fn begin_removal(&self, id: RunId) -> Result<Removed, StoreError> {
+        let mut inner = self.usable()?;
+        match inner.runs.get(&id) {
+            None => return Ok(Removed::Unknown),
+            Some(row) if row.live() => return Ok(Removed::Live),
+            Some(_) => {}
+        }
+        inner.removals.insert(id);
+        Ok(Removed::Gone)
+    }
+
+    async fn removals(&self, max: usize) -> Result<Vec<EndedRun>, StoreError> {
+        let inner = self.usable()?;
+        Ok(inner.removals.iter().filter_map(|id| inner.runs.get(id)?.ended()).take(max).collect())
+    }
+
+    async fn remove(&self, id: RunId) -> Result<Removed, StoreError> {
+        let mut inner = self.usable()?;
+        let Some(row) = inner.runs.get(&id) else { return Ok(Removed::Unknown) };
+        if row.live() {
+            return Ok(Removed::Live);
+        }
+        let run = &row.record;
+        let (created, key) = (run.created, run.key.clone().map(|key| (run.tenant.clone(), key)));
+        inner.created.remove(&(created, id));
+        if let Some(key) = key {
+            inner.keys.remove(&key);
+        }
+        inner.removals.remove(&id);
+        inner.runs.remove(&id);
+        Ok(Removed::Gone)
     }
 
     async fn live_count(&self) -> Result<u64, StoreError> {

@@ -12,6 +12,7 @@ mod reconcile;
 mod retry;
 mod route;
 mod stream;
+mod sweep;
 mod watchdog;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -25,6 +26,7 @@ pub use self::{
     error::ServiceError,
     meter::{Meter, NoMeter},
     stream::{InvalidCursor, StreamBody, StreamCursor, StreamItem, StreamOptions},
+    sweep::{Retention, SweepReport},
 };
 use crate::{
     artifact::ArtifactStore,
@@ -39,8 +41,8 @@ use crate::{
     spec::RunSpec,
     state::RunState,
     store::{
-        Accepted, AttemptRecord, CancelIntent, LiveLimits, NewRun, PageCursor, RunEvent, RunFilter, RunPage,
-        RunRecord, Store, StoreError, StoredEvent, Timer,
+        Accepted, AttemptRecord, CancelIntent, EndedRun, LiveLimits, NewRun, PageCursor, Removed, RunEvent,
+        RunFilter, RunPage, RunRecord, Store, StoreError, StoredEvent, Timer,
     },
     task::{self, TaskKind},
 };
@@ -97,8 +99,12 @@ pub struct Options {
     pub ensure_tries: u32,
     /// How long observation may fail without a break before the attempt is given up as `LOST`.
     pub observe_patience: Duration,
+    /// How long storing the outputs of a program that has ended may fail before the attempt ends as `OUTPUT`.
+    pub publish_patience: Duration,
     /// Time between two keep-alives of a silent stream.
     pub keep_alive: Duration,
+    /// How long what is kept.
+    pub retention: Retention,
 }
 
 impl Default for Options {
@@ -110,7 +116,9 @@ impl Default for Options {
             max_pause: Duration::from_secs(5),
             ensure_tries: 6,
             observe_patience: Duration::from_secs(600),
+            publish_patience: Duration::from_secs(600),
             keep_alive: Duration::from_secs(15),
+            retention: Retention::default(),
         }
     }
 }
@@ -154,6 +162,7 @@ struct Core {
     parts: Parts,
     backends: BTreeMap<BackendName, BackendEntry>,
     live: LiveRuns,
+    sweeps: sweep::Sweeps,
     stopping: CancellationToken,
     tasks: TaskTracker,
 }
@@ -253,12 +262,15 @@ impl RunService {
             parts,
             backends,
             live: LiveRuns::default(),
+            sweeps: sweep::Sweeps::default(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
         reconcile::adopt(&core).await?;
         let reconciler = core.tasks.track_future(reconcile::run(Arc::clone(&core)));
         task::spawn(TaskKind::Loop, "reconciler", reconciler);
+        let sweeper = core.tasks.track_future(sweep::run(Arc::clone(&core)));
+        task::spawn(TaskKind::Loop, "sweeper", sweeper);
         Ok(Arc::new(Self { core }))
     }
 
@@ -294,22 +306,30 @@ impl RunService {
         request.spec.validate(&caller.tenant, &parts.limits)?;
         // Of what the caller sent, before anything is filled in.
         let digest = request.spec.digest();
-        let spec = inputs::find(parts, caller, request.spec).await?;
-        let choice = route::choose(
-            core.backends.iter().map(|(name, entry)| (name, &entry.backend)),
-            &parts.default_backend,
-            &spec,
-        )?;
-        let spec = parts.limits.apply(spec, &choice.backend.capabilities());
-        let run = NewRun {
-            id: request.run_id.unwrap_or_else(|| parts.ids.run_id()),
+        let RunRequest { spec, run_id, key } = request;
+        let new_run = |spec, backend, backend_reason| NewRun {
+            id: run_id.unwrap_or_else(|| parts.ids.run_id()),
             tenant: caller.tenant.clone(),
-            key: request.key,
+            key: key.clone(),
             spec: Arc::new(spec),
             digest,
-            backend: choice.backend.name().clone(),
-            backend_reason: choice.reason,
+            backend,
+            backend_reason,
             time: parts.clock.now(),
+        };
+        let run = match self.place(caller, spec.clone()).await {
+            Ok((spec, backend, reason)) => new_run(spec, backend, reason),
+            // What was accepted once is answered, though what it needed then may be gone by now. With no room, the store
+            // makes nothing new.
+            Err(error) => {
+                let run = new_run(spec, parts.default_backend.clone(), String::new());
+                let nothing = LiveLimits { total: 0, per_tenant: 0 };
+                return match parts.store.accept(run, nothing).await? {
+                    Accepted::Existing(record) => Ok((record, false)),
+                    Accepted::Conflict { field } => Err(ServiceError::AlreadyExists { field }),
+                    Accepted::Full { .. } | Accepted::Created(_) => Err(error),
+                };
+            }
         };
         let limits =
             LiveLimits { total: parts.limits.live_runs, per_tenant: parts.limits.live_runs_per_tenant };
@@ -333,6 +353,23 @@ impl RunService {
             }
         };
         core.whole("accept", accepting).await
+    }
+
+    /// What a valid spec becomes, and where: other runs' outputs are found, defaults filled in.
+    async fn place(
+        &self,
+        caller: &Caller,
+        spec: RunSpec,
+    ) -> Result<(RunSpec, BackendName, String), ServiceError> {
+        let parts = &self.core.parts;
+        let spec = inputs::find(parts, caller, spec).await?;
+        let choice = route::choose(
+            self.core.backends.iter().map(|(name, entry)| (name, &entry.backend)),
+            &parts.default_backend,
+            &spec,
+        )?;
+        let spec = parts.limits.apply(spec, &choice.backend.capabilities());
+        Ok((spec, choice.backend.name().clone(), choice.reason))
     }
 
     /// A run of the caller's tenant.
@@ -418,6 +455,49 @@ impl RunService {
     ) -> Result<RunPage, ServiceError> {
         filter.tenant = Some(caller.tenant.clone());
         Ok(self.core.parts.store.list(&filter, after, max.clamp(1, 1000)).await?)
+    }
+
+    /// Removes a finished run: its rows, logs and artifacts. When this returns, nothing of it is stored.
+    ///
+    /// That it is being removed is durable first, so a sweep finishes what a crash interrupts.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` where the run is not terminal yet, its workload is still being removed, or a live run
+    /// has its outputs as an input; else the stores' failure: the call may be repeated, and the next sweep goes on by itself.
+    pub async fn delete(&self, caller: &Caller, id: RunId) -> Result<(), ServiceError> {
+        let record = self.find(caller, id).await?;
+        let live = || precondition("RUN_NOT_ENDED", "the run has not ended; cancel it first".to_owned());
+        let Some(ended) = record.ended else { return Err(live()) };
+        // Its end is told before its workload is removed, which takes moments.
+        for _ in 0..100 {
+            if self.core.live.get(id).is_none() || !self.core.pause(Duration::from_millis(50)).await {
+                break;
+            }
+        }
+        if self.core.live.get(id).is_some() {
+            let message = "the run has ended, and what it ran is still being removed; try again".to_owned();
+            return Err(precondition("RUN_NOT_ENDED", message));
+        }
+        if sweep::is_input(&self.core, id).await? {
+            let message = "a run that has not ended has its outputs as an input".to_owned();
+            return Err(precondition("RUN_IN_USE", message));
+        }
+        let core = Arc::clone(&self.core);
+        let run = EndedRun { id, tenant: record.tenant, ended };
+        let removing = async move {
+            match sweep::remove(&core, &run).await {
+                // Another call, or the sweep, was faster.
+                Ok(Removed::Gone | Removed::Unknown) => Ok(()),
+                Ok(Removed::Live) => Err(precondition("RUN_NOT_ENDED", "the run has not ended".to_owned())),
+                Err(error) => Err(error.into()),
+            }
+        };
+        self.core.whole("delete", removing).await
+    }
+
+    /// Removes what is older than it is kept, now instead of at the next interval.
+    pub async fn sweep(&self) -> SweepReport {
+        sweep::pass(&self.core).await
     }
 
     /// Replays a run from a cursor, then follows it. The terminal event is always the last.

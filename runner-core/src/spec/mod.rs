@@ -4,7 +4,10 @@ pub mod path;
 mod source;
 mod validate;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -15,7 +18,11 @@ pub use self::{
     source::{FoundOutput, InputSource, RunOutput},
     validate::{FieldViolation, InvalidSpec},
 };
-use crate::{artifact::ArtifactUri, id::BackendName, outcome::Cause};
+use crate::{
+    artifact::{ArtifactKey, ArtifactUri},
+    id::BackendName,
+    outcome::Cause,
+};
 
 /// What the caller asked for. Immutable once accepted. `None` means the service's default, which
 /// [`Limits::apply`](crate::limits::Limits::apply) fills in at admission, so that a stored spec has no open ends.
@@ -88,6 +95,16 @@ impl RunSpec {
         #[allow(clippy::expect_used, reason = "see Panics")]
         let bytes = serde_json::to_vec(self).expect("a spec is expressible in JSON");
         Sha256::digest(&bytes).into()
+    }
+
+    /// The uploads, by their prefix, that it names: what it has as inputs, and where its outputs go.
+    pub fn uploads(&self) -> BTreeSet<ArtifactKey> {
+        let inputs = self.inputs.iter().filter_map(|input| match &input.source {
+            InputSource::Artifact(uri) => Some(uri),
+            InputSource::Run(_) | InputSource::Inline(_) | InputSource::Https(_) => None,
+        });
+        let destinations = self.outputs.iter().filter_map(|output| output.destination.as_ref());
+        inputs.chain(destinations).filter_map(|uri| uri.key().upload()).collect()
     }
 }
 

@@ -36,6 +36,8 @@ pub(super) enum Failure {
     OutOfRange { size: u64 },
     /// The store has no room.
     Full,
+    /// The upload may not come in pieces.
+    NotResumable,
     /// The store does not answer now.
     Unavailable,
     /// The service ends.
@@ -114,6 +116,11 @@ impl Failure {
             Self::Full => {
                 (StatusCode::INSUFFICIENT_STORAGE, "STORE_FULL", text("the object store has no room"))
             }
+            Self::NotResumable => (
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "NOT_RESUMABLE",
+                text("no room for uploads in pieces now, or no size or SHA-256 was promised; send it whole"),
+            ),
             Self::Unavailable => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "UNAVAILABLE",

@@ -2,7 +2,7 @@
 //! size and digest that were promised.
 //!
 //! Uploads (`uploads/TENANT/UPLOAD/files/PATH`) are stored once: a second `PUT` of the same bytes is answered as the first
-//! was, other bytes are refused. So a sealed tree cannot change, and a client may repeat a `PUT` whose answer it lost.
+//! was, other bytes are refused. With `Content-Range`, a `PUT` goes on where an earlier one broke off (see `resume`). So a sealed tree cannot change, and a client may repeat a `PUT` whose answer it lost.
 //! The digest of an upload is recorded beside it (`…/digests/PATH`) when its `PUT` completes; sealing reads it from there,
 //! and from the bytes where a crash came in between.
 
@@ -11,6 +11,8 @@ mod get;
 mod put;
 mod range;
 pub mod record;
+mod resume;
+mod spool;
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -26,6 +28,7 @@ use runner_core::artifact::{ArtifactKey, ArtifactStore};
 use tokio_util::sync::CancellationToken;
 
 use self::answer::Failure;
+pub use self::spool::Spool;
 use crate::metrics::Metrics;
 
 /// What requests share.
@@ -43,6 +46,8 @@ pub struct Blobs {
     pub max_upload_bytes: u64,
     /// Cancelled: nothing new is begun.
     pub draining: CancellationToken,
+    /// What has come of uploads that may be resumed.
+    pub spool: Arc<Spool>,
     /// Keys that are being written now: one writer each.
     pub writing: Arc<std::sync::Mutex<HashSet<ArtifactKey>>>,
 }
@@ -79,6 +84,12 @@ async fn serve(blobs: &Blobs, method: BlobMethod, request: Request) -> Result<Re
     })?;
     match method {
         BlobMethod::Get => get::get(blobs, &grant, request).await,
-        BlobMethod::Put => put::put(blobs, grant, request.into_body()).await,
+        BlobMethod::Put => {
+            let (head, body) = request.into_parts();
+            match head.headers.get(http::header::CONTENT_RANGE) {
+                Some(range) => resume::put(blobs, grant, range, body).await,
+                None => put::put(blobs, grant, body).await,
+            }
+        }
     }
 }

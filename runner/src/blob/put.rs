@@ -18,13 +18,13 @@ use sha2::{Digest as _, Sha256};
 use super::{Blobs, answer::Failure, record};
 
 /// The right to write a key, in this process.
-struct Writing {
+pub(super) struct Writing {
     keys: Arc<Mutex<HashSet<ArtifactKey>>>,
     key: ArtifactKey,
 }
 
 impl Writing {
-    fn begin(keys: &Arc<Mutex<HashSet<ArtifactKey>>>, key: &ArtifactKey) -> Option<Self> {
+    pub(super) fn begin(keys: &Arc<Mutex<HashSet<ArtifactKey>>>, key: &ArtifactKey) -> Option<Self> {
         let fresh = keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
         fresh.then(|| Self { keys: Arc::clone(keys), key: key.clone() })
     }
@@ -111,8 +111,24 @@ pub(super) async fn put(blobs: &Blobs, grant: BlobGrant, body: Body) -> Result<R
     {
         return Err(Failure::SizeMismatch { promised, got: announced.to_string() });
     }
+    let _writing = Writing::begin(&blobs.writing, &grant.key).ok_or(Failure::Busy)?;
+    let metrics = Arc::clone(&blobs.metrics);
+    let counted = body.into_data_stream();
+    let counted = counted.inspect_ok(move |chunk| metrics.blob_bytes("in", chunk.len() as u64));
+    store(blobs, grant, Body::from_stream(counted)).await?;
+    Ok(stored())
+}
+
+/// The answer to an upload that is whole and stored.
+pub(super) fn stored() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::OK;
+    response
+}
+
+/// Stores a body, which must be what was promised. Who calls holds the right to write the key.
+pub(super) async fn store(blobs: &Blobs, grant: BlobGrant, body: Body) -> Result<(), Failure> {
     let key = grant.key.clone();
-    let _writing = Writing::begin(&blobs.writing, &key).ok_or(Failure::Busy)?;
     let verdict = Verdict::default();
     let incoming = Incoming {
         body: body.into_data_stream(),
@@ -123,9 +139,7 @@ pub(super) async fn put(blobs: &Blobs, grant: BlobGrant, body: Body) -> Result<R
         pause: blobs.read_timeout,
         verdict: Arc::clone(&verdict),
     };
-    let metrics = Arc::clone(&blobs.metrics);
-    let bytes =
-        incoming.into_stream().inspect_ok(move |chunk| metrics.blob_bytes("in", chunk.len() as u64)).boxed();
+    let bytes = incoming.into_stream();
     let store = blobs.store.as_ref();
     match record::beside(&key) {
         Some(sidecar) => match store.head(&key).await {
@@ -140,9 +154,7 @@ pub(super) async fn put(blobs: &Blobs, grant: BlobGrant, body: Body) -> Result<R
             write(store, &key, bytes, &verdict).await?;
         }
     }
-    let mut response = Response::new(Body::empty());
-    *response.status_mut() = StatusCode::OK;
-    Ok(response)
+    Ok(())
 }
 
 async fn write(

@@ -8,6 +8,7 @@ pub mod inputs;
 pub mod layers;
 pub mod limits;
 pub mod objects;
+pub mod retention;
 pub mod value;
 
 use std::{
@@ -27,6 +28,7 @@ use self::{
     inputs::InputsConfig,
     limits::LimitsConfig,
     objects::ObjectStoreConfig,
+    retention::RetentionConfig,
     value::{ByteSize, Span},
 };
 
@@ -64,6 +66,8 @@ pub struct Config {
     pub shutdown: ShutdownConfig,
     /// Limits of runs.
     pub limits: LimitsConfig,
+    /// How long what is kept.
+    pub retention: RetentionConfig,
     /// What may become an input of a run.
     pub inputs: InputsConfig,
 }
@@ -165,6 +169,11 @@ pub struct ServerConfig {
     pub grant_lifetime: Span,
     /// The largest object that one signed URL may store.
     pub max_upload_bytes: ByteSize,
+    /// Disk, in the data directory, for what has come of uploads that may be resumed, all together. What does not fit must be sent
+    /// in one piece.
+    pub resumable_bytes: ByteSize,
+    /// An upload that got nothing for so long is not resumed any more.
+    pub resumable_idle: Span,
 }
 
 /// How the service stops.
@@ -198,9 +207,12 @@ impl Default for Config {
                 read_timeout: Span::secs(30),
                 grant_lifetime: Span::secs(15 * 60),
                 max_upload_bytes: ByteSize(1 << 40),
+                resumable_bytes: ByteSize(32 << 30),
+                resumable_idle: Span::secs(24 * 3600),
             },
             shutdown: ShutdownConfig { drain: Span::secs(10) },
             limits: LimitsConfig::default(),
+            retention: RetentionConfig::default(),
             inputs: InputsConfig::default(),
         }
     }
@@ -292,6 +304,7 @@ impl Config {
             ("keep_alive_timeout", server.keep_alive_timeout),
             ("read_timeout", server.read_timeout),
             ("grant_lifetime", server.grant_lifetime),
+            ("resumable_idle", server.resumable_idle),
         ] {
             if value < Span::secs(1) || value > Span::secs(24 * 3600) {
                 add(&format!("server.{key}"), "must be from 1 s to 24 h".to_owned());
@@ -303,6 +316,9 @@ impl Config {
         }
         for (key, message) in self.limits.faults() {
             add(&format!("limits.{key}"), message);
+        }
+        for (key, message) in self.retention.faults() {
+            add(&format!("retention.{key}"), message);
         }
         for (key, message) in self.inputs.faults() {
             add(&format!("inputs.{key}"), message);

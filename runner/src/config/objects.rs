@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use runner_artifacts::object::{StoreOptions, Tuning, check_url};
+use runner_artifacts::object::{RunTuning, StoreOptions, Tuning, check_url};
+use runner_core::service::Options;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -45,12 +46,22 @@ pub struct ObjectStoreConfig {
     pub upload_bytes_per_sec: OrNone<ByteSize>,
     /// Bytes a second from the store, all downloads together.
     pub download_bytes_per_sec: OrNone<ByteSize>,
+    /// Requests to the store at once, of one run.
+    pub run_connections: u32,
+    /// Memory for parts and ranges, of one run.
+    pub run_memory_bytes: ByteSize,
+    /// Bytes a second to the store, of one run.
+    pub run_upload_bytes_per_sec: OrNone<ByteSize>,
+    /// Bytes a second from the store, of one run.
+    pub run_download_bytes_per_sec: OrNone<ByteSize>,
     /// Tries of one request, the first included.
     pub tries: u32,
     /// A transfer that moves nothing for so long is tried again.
     pub stall_timeout: Span,
     /// A transfer that is slower than this, in bytes a second, is tried again.
     pub min_bytes_per_sec: ByteSize,
+    /// An attempt whose outputs cannot be stored for so long, all tries included, ends as `OUTPUT`.
+    pub publish_patience: Span,
 }
 
 impl Default for ObjectStoreConfig {
@@ -71,9 +82,14 @@ impl Default for ObjectStoreConfig {
             memory_bytes: ByteSize(tuning.memory_bytes),
             upload_bytes_per_sec: rate(tuning.upload_bytes_per_sec),
             download_bytes_per_sec: rate(tuning.download_bytes_per_sec),
+            run_connections: number(tuning.run.connections),
+            run_memory_bytes: ByteSize(tuning.run.memory_bytes),
+            run_upload_bytes_per_sec: rate(tuning.run.upload_bytes_per_sec),
+            run_download_bytes_per_sec: rate(tuning.run.download_bytes_per_sec),
             tries: tuning.tries,
             stall_timeout: Span(tuning.stall_timeout),
             min_bytes_per_sec: ByteSize(tuning.min_bytes_per_sec),
+            publish_patience: Span(Options::default().publish_patience),
         }
     }
 }
@@ -94,6 +110,12 @@ impl ObjectStoreConfig {
                 memory_bytes: self.memory_bytes.0,
                 upload_bytes_per_sec: self.upload_bytes_per_sec.map(|rate| rate.0),
                 download_bytes_per_sec: self.download_bytes_per_sec.map(|rate| rate.0),
+                run: RunTuning {
+                    connections: number(self.run_connections),
+                    memory_bytes: self.run_memory_bytes.0,
+                    upload_bytes_per_sec: self.run_upload_bytes_per_sec.map(|rate| rate.0),
+                    download_bytes_per_sec: self.run_download_bytes_per_sec.map(|rate| rate.0),
+                },
                 tries: self.tries,
                 stall_timeout: self.stall_timeout.0,
                 min_bytes_per_sec: self.min_bytes_per_sec.0,
@@ -117,6 +139,7 @@ impl ObjectStoreConfig {
         }
         for (key, value, most) in [
             ("connections", self.connections, 4096),
+            ("run_connections", self.run_connections, 4096),
             ("uploads", self.uploads, 4096),
             ("parallel", self.parallel, 64),
             ("tries", self.tries, 20),

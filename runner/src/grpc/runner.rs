@@ -74,6 +74,15 @@ impl Runner for Api {
         }))
     }
 
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
+        let id = run_id("run_id", &request.into_inner().run_id).map_err(|e| status::invalid(&e))?;
+        self.service.delete(self.auth.caller(), id).await.map_err(|e| status::service(&e))?;
+        Ok(Response::new(v1::DeleteResponse {}))
+    }
+
     type AttachStream = attach::Answers;
 
     async fn attach(

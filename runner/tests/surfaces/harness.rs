@@ -10,6 +10,7 @@ use std::{
 };
 
 use runner::{
+    blob::Spool,
     config::Config,
     metrics::Metrics,
     server::bind,
@@ -61,6 +62,7 @@ pub(crate) struct Harness {
     pub(crate) store: Arc<MemoryStore>,
     pub(crate) artifacts: Arc<MemoryArtifacts>,
     pub(crate) clock: Arc<MovedClock>,
+    pub(crate) spool: Arc<Spool>,
     pub(crate) surfaces: Surfaces,
     _dir: tempfile::TempDir,
 }
@@ -100,10 +102,14 @@ impl Harness {
         .unwrap();
         let (listen, ops_listen) = (listener.local_addr().unwrap(), ops_listener.local_addr().unwrap());
         let signer = Arc::new(BlobSigner::open(dir.path(), as_clock.clone()).unwrap());
+        let incoming = dir.path().join("incoming");
+        let most = config.server.resumable_bytes.0;
+        let spool = Arc::new(Spool::open(&incoming, most, as_clock.clone()).unwrap());
         let parts = SurfaceParts {
             service,
             artifacts: artifacts.clone(),
             signer,
+            spool: spool.clone(),
             clock: as_clock,
             ids,
             metrics,
@@ -111,7 +117,7 @@ impl Harness {
             ops_listener,
         };
         let surfaces = Surfaces::start(&config, parts).await.unwrap();
-        Self { listen, ops_listen, store, artifacts, clock, surfaces, _dir: dir }
+        Self { listen, ops_listen, store, artifacts, clock, spool, surfaces, _dir: dir }
     }
 
     pub(crate) async fn channel(&self) -> Channel {

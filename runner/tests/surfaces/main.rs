@@ -6,3 +6,4 @@ mod harness;
 mod http;
 mod ops;
 mod process;
+mod resume;

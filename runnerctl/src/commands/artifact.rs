@@ -33,7 +33,10 @@ pub(super) async fn execute(
 async fn put(service: &Service, args: &PutArtifactArgs, format: Format) -> Result<Exit, Failure> {
     for local in &args.local {
         let bar = Bar::new(&format!("upload {}", local.display()));
-        let options = bar.options().parallelism(args.parallel);
+        let mut options = bar.options().parallelism(args.parallel);
+        if let Some(dir) = state_dir() {
+            options = options.remember(dir.join("uploads"));
+        }
         let (line, document) = if local.is_dir() {
             let irregular = if args.skip_special { Irregular::Skip } else { Irregular::Refuse };
             let tree = service.client.upload_tree(local, options.irregular(irregular)).await;
@@ -61,6 +64,13 @@ async fn put(service: &Service, args: &PutArtifactArgs, format: Format) -> Resul
         }
     }
     Ok(Exit::OK)
+}
+
+/// Where what outlives this process is kept. `None`: there is no place for it, and nothing is kept.
+fn state_dir() -> Option<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state = absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state")))?;
+    Some(state.join("runnerctl"))
 }
 
 async fn get(service: &Service, args: &GetArtifactArgs, format: Format) -> Result<Exit, Failure> {

@@ -5,6 +5,7 @@ mod attach;
 mod backend;
 mod cancel;
 mod completion;
+mod delete;
 mod get;
 mod list;
 mod logs;
@@ -63,6 +64,10 @@ pub(crate) async fn execute(cli: Cli) -> Result<Exit, Failure> {
         Command::Cancel(args) => {
             let format = format(args.format);
             cancel::execute(&Service::connect(endpoint).await?, args, format).await
+        }
+        Command::Delete(args) => {
+            let format = format(args.format);
+            delete::execute(&Service::connect(endpoint).await?, args, format).await
         }
         Command::Attach(args) => {
             let format = format(args.format);

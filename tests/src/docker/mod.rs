@@ -7,7 +7,7 @@ mod engine;
 mod front;
 mod image;
 mod registry;
-mod tls;
+pub(crate) mod tls;
 
 use std::sync::OnceLock;
 

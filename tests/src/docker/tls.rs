@@ -32,7 +32,7 @@ fn openssl(dir: &Path, args: &[&str]) -> Result<(), String> {
 ///
 /// # Errors
 /// What openssl says.
-pub(super) fn make(dir: &Path) -> Result<ClientCertificate, String> {
+pub(crate) fn make(dir: &Path) -> Result<ClientCertificate, String> {
     fs::create_dir(dir).map_err(|error| format!("make {}: {error}", dir.display()))?;
     let key =
         |name: &str| ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", name].map(str::to_owned);

@@ -31,6 +31,8 @@ use sha2::{Digest as _, Sha256};
 
 /// Read at once, in bytes.
 const CHUNK: usize = 256 * 1024;
+/// What a hole reads as.
+static ZEROS: [u8; 4096] = [0; 4096];
 /// The smallest part but the last, in bytes.
 const MIN_PART: u64 = 5 * 1024 * 1024;
 /// Keys in one answer of a list.
@@ -124,6 +126,16 @@ impl Bucket {
         self.publish(key, vec![piece]);
     }
 
+    /// Puts an object of so many zero bytes there, which takes no disk.
+    ///
+    /// # Panics
+    /// Where the file cannot be made.
+    pub fn put_zeros(&self, key: &str, size: u64) {
+        let path = self.fresh();
+        File::create(&path).and_then(|file| file.set_len(size)).expect("the object's file is made");
+        self.publish(key, vec![Arc::new(Piece { path, size })]);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -165,6 +177,7 @@ impl Bucket {
                 let chunk = chunk
                     .map_err(|error| s3s::S3Error::with_source(s3s::S3ErrorCode::IncompleteBody, error))?;
                 self.reserve(chunk.len() as u64)?;
+                let at = piece.size;
                 piece.size += chunk.len() as u64;
                 let (mut file, mut hash) = state.take().ok_or_else(|| s3_error!(InternalError))?;
                 let hashed = sha256.is_some();
@@ -172,7 +185,14 @@ impl Bucket {
                     if hashed {
                         hash.update(&chunk);
                     }
-                    file.write_all(&chunk).map(|()| (file, hash))
+                    // Zeros are a hole, so that objects of gigabytes need no disk.
+                    if chunk.chunks(ZEROS.len()).all(|part| *part == ZEROS[..part.len()]) {
+                        file.set_len(at + chunk.len() as u64)?;
+                        file.seek(SeekFrom::End(0))?;
+                    } else {
+                        file.write_all(&chunk)?;
+                    }
+                    Ok::<_, std::io::Error>((file, hash))
                 });
                 state = Some(written.await.map_err(|_| s3_error!(InternalError))?.map_err(internal)?);
             }

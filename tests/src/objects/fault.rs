@@ -75,6 +75,14 @@ impl Fault {
         Self { matches: Box::new(matches), action, skip: 0, left: 1 }
     }
 
+    /// Strikes only requests whose path holds this text.
+    #[must_use]
+    pub fn at(mut self, path: &'static str) -> Self {
+        let matches = self.matches;
+        self.matches = Box::new(move |seen: &Seen| matches(seen) && seen.path.contains(path));
+        self
+    }
+
     /// Lets so many pass before.
     #[must_use]
     pub fn after(mut self, skip: u32) -> Self {
@@ -104,6 +112,11 @@ impl Faults {
     /// Sets a fault; several are independent of one another.
     pub fn set(&self, fault: Fault) {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+    }
+
+    /// Ends all faults.
+    pub fn clear(&self) {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Whether every fault that was set has struck as often as it was to.

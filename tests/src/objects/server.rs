@@ -213,6 +213,16 @@ impl StoreServer {
         keys.insert(key_id.to_owned(), secret.to_owned());
     }
 
+    /// The settings of a service whose objects are in the bucket, below a prefix.
+    pub fn settings(&self, prefix: &str) -> Vec<(&'static str, String)> {
+        vec![
+            ("RUNNER_OBJECT_STORE__URL", self.url(prefix)),
+            ("RUNNER_OBJECT_STORE__ENDPOINT", self.endpoint()),
+            ("RUNNER_OBJECT_STORE__ALLOW_HTTP", "true".to_owned()),
+            ("RUNNER_OBJECT_STORE__CREDENTIALS_FILE", self.credentials_file().display().to_string()),
+        ]
+    }
+
     /// The bucket, seen from inside.
     pub fn bucket(&self) -> &Arc<Bucket> {
         &self.shared.bucket

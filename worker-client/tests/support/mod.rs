@@ -227,6 +227,13 @@ impl Runner for Fake {
         })
     }
 
+    async fn delete(
+        &self,
+        _: Request<proto::DeleteRequest>,
+    ) -> Result<Response<proto::DeleteResponse>, Status> {
+        self.answer("delete", |_| proto::DeleteResponse {})
+    }
+
     async fn get(&self, request: Request<proto::GetRequest>) -> Result<Response<proto::GetResponse>, Status> {
         let run_id = request.into_inner().run_id;
         self.answer("get", |state| proto::GetResponse {

@@ -128,7 +128,7 @@ pub(super) async fn outputs(
     let mut entries = Vec::new();
     for (i, output) in attempt.spec.outputs.iter().enumerate() {
         let prefix = match &output.destination {
-            Some(uri) => uri.key().clone(),
+            Some(uri) => join(uri.key(), &format!("{}/{}", attempt.attempt.run, attempt.attempt.number))?,
             None => join(&base, &format!("outputs/{i}"))?,
         };
         let found = entries_of(output, files);

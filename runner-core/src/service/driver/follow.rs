@@ -1,17 +1,17 @@
 //! Follows a workload: its frames to the log, its changes to the store.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, StreamExt as _};
 
 use super::{Change, Driver, LetGo};
 use crate::{
-    backend::{AttemptContext, BackendError, EndedAttempt, Observation, WorkloadRef},
+    backend::{AttemptContext, BackendError, BackendErrorKind, EndedAttempt, Observation, WorkloadRef},
     clock::Timestamp,
     crash,
     id::AttemptId,
     log::{LogError, LogSummary},
-    outcome::{Cause, Usage},
+    outcome::{Cause, Evidence, Usage},
     service::watchdog::{StopReason, Watchdog},
     state::{Event, RunState},
     store::TimerKind,
@@ -58,6 +58,8 @@ impl Driver {
         let mut released = durable;
         let mut failures = 0;
         let mut failing_since = None;
+        // Each observation sees the start and the end again, so it is no progress of the publishing that follows them.
+        let mut unpublished_since = None;
         'observe: loop {
             let mut stream = self.backend.observe(context, durable);
             let failure = loop {
@@ -124,6 +126,15 @@ impl Driver {
                 run.id = %attempt.run, attempt = attempt.number, failures, error = %failure,
                 "following the workload failed; trying again"
             );
+            if let FollowError::Backend(error) = &failure
+                && error.kind == BackendErrorKind::Output
+            {
+                let unpublished = now.saturating_sub(*unpublished_since.get_or_insert(now));
+                if unpublished >= core.parts.options.publish_patience {
+                    followed.ended = unpublished_for(unpublished, error, core.parts.clock.now());
+                    break 'observe;
+                }
+            }
             if now.saturating_sub(since) >= core.parts.options.observe_patience {
                 // Nothing is known of it any more; before anything is said of it, it is stopped.
                 dog.stop(StopReason::Unobservable);
@@ -209,6 +220,19 @@ impl Driver {
                 }
             }
         }
+    }
+}
+
+/// The program has ended, and what it wrote could not be stored.
+fn unpublished_for(time: Duration, error: &BackendError, now: Timestamp) -> EndedAttempt {
+    EndedAttempt {
+        cause: Cause::Output,
+        status: None,
+        retryable: error.retryable,
+        message: format!("the program ended, and its outputs could not be stored for {time:?}"),
+        evidence: vec![Evidence { source: "backend".to_owned(), detail: error.chain(), time: now }],
+        usage: Usage::default(),
+        outputs: None,
     }
 }
 

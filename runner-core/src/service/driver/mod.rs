@@ -189,7 +189,7 @@ impl Driver {
             tenant: self.record.tenant.clone(),
             spec: Arc::clone(&self.record.spec),
             log_limit_bytes: parts.limits.log_bytes,
-            artifacts: Arc::clone(&parts.artifacts),
+            artifacts: parts.artifacts.for_run().unwrap_or_else(|| Arc::clone(&parts.artifacts)),
             progress: Arc::clone(&self.live) as Arc<dyn ProgressSink>,
         };
         let (cancelled, timers) = (self.cancelled.clone(), self.timers.clone());

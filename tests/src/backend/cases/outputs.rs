@@ -122,7 +122,7 @@ pub async fn a_failed_program_publishes_what_it_wrote(bench: &mut Bench) {
     assert_eq!(contents(bench, &manifest), [file("/outputs/half", "", "some")]);
 }
 
-/// Where the caller wants it.
+/// Where the caller wants it, and each attempt apart from the others.
 pub async fn a_destination_is_honoured(bench: &mut Bench) {
     let prefix = upload_key(bench, "results");
     let attempt = bench.attempt_with(&write(&[("/outputs/dir/a", "1")], 0), |spec| {
@@ -133,7 +133,8 @@ pub async fn a_destination_is_honoured(bench: &mut Bench) {
     let manifest = published(&bench.run(&attempt).await);
     assert_eq!(contents(bench, &manifest), [file("/outputs/dir", "a", "1")]);
     let keys: Vec<_> = manifest.entries.iter().filter_map(|entry| entry.key.as_ref()).collect();
-    assert!(keys.iter().all(|key| key.as_str().starts_with(&format!("{prefix}/"))), "{keys:?}");
+    let own = prefix.of_attempt(attempt.attempt).expect("a key");
+    assert!(keys.iter().all(|key| key.as_str().starts_with(&format!("{own}/"))), "{keys:?}");
 }
 
 /// Above `max_bytes` the run fails; nothing is silently cut.

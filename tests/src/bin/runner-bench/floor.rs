@@ -66,6 +66,13 @@ impl Runner for Floor {
         only_stream()
     }
 
+    async fn delete(
+        &self,
+        _: Request<proto::DeleteRequest>,
+    ) -> Result<Response<proto::DeleteResponse>, Status> {
+        only_stream()
+    }
+
     async fn get(&self, _: Request<proto::GetRequest>) -> Result<Response<proto::GetResponse>, Status> {
         only_stream()
     }

@@ -10,6 +10,7 @@ mod hyperqueue;
 mod local;
 mod logs;
 mod service;
+mod staging;
 mod stats;
 mod storing;
 mod watchers;
@@ -34,10 +35,9 @@ async fn measure(row: &str) -> Outcome {
         "5" => logs::measure().await,
         "6" => watchers::many_and_stalled().await,
         "7" => watchers::memory().await,
+        "8" => staging::measure().await,
         "11" => growth::measure().await,
-        other => {
-            Err(format!("row {other} is not measured here; there are 1, 2, 3, 4, 5, 6, 7 and 11").into())
-        }
+        other => Err(format!("row {other} is not measured here; there are 1 to 8 and 11").into()),
     }
 }
 
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         return runtime.block_on(floor::serve(address));
     }
     let rows: Vec<&str> = if args.is_empty() {
-        vec!["1", "2", "3", "4", "5", "6", "7", "11"]
+        vec!["1", "2", "3", "4", "5", "6", "7", "8", "11"]
     } else {
         args.iter().map(String::as_str).collect()
     };

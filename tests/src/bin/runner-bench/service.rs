@@ -19,7 +19,7 @@ pub(crate) type Fault = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) struct Service {
     child: Child,
     listen: String,
-    _data: tempfile::TempDir,
+    data: tempfile::TempDir,
 }
 
 /// The folder of this program.
@@ -57,7 +57,7 @@ impl Service {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        let mut service = Self { child, listen, _data: data };
+        let mut service = Self { child, listen, data };
         for _ in 0..600 {
             if let Some(status) = service.child.try_wait()? {
                 return Err(format!("the service ended at once: {status}").into());
@@ -75,6 +75,16 @@ impl Service {
     /// A client on a connection of its own.
     pub(crate) async fn connect(&self) -> Result<RunnerClient<Channel>, Fault> {
         connect(&self.listen).await
+    }
+
+    /// Where it listens, as a URL.
+    pub(crate) fn endpoint(&self) -> String {
+        format!("http://{}", self.listen)
+    }
+
+    /// Its data directory.
+    pub(crate) fn data_dir(&self) -> &std::path::Path {
+        self.data.path()
     }
 
     /// Processor time that it has used, user and system, in seconds; and its resident memory in bytes.
