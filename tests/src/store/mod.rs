@@ -129,10 +129,10 @@ macro_rules! store_cases {
                 ended_runs_come_in_the_order_of_their_ends,
                 a_removed_run_leaves_nothing_and_frees_its_names,
                 a_live_run_is_not_removed,
-                a_removal_that_was_begun_is_known_until_it_is_done,
-                an_upload_is_known_to_be_named_until_the_last_run_that_named_it_is_gone,
                 how_far_a_sweep_has_come_survives_a_reopen,
                 a_run_that_does_not_decode_is_removed_with_the_others,
+                a_removal_that_was_begun_is_known_until_it_is_done,
+                an_upload_is_known_to_be_named_until_the_last_run_that_named_it_is_gone,
             }
         }
     };
