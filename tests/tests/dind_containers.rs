@@ -87,7 +87,7 @@ async fn a_name_that_somebody_else_has_is_not_touched() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_observer_that_is_slow_in_a_flood_misses_nothing_and_holds_up_nobody() {
-    const BYTES: u64 = 128 * 1024 * 1024;
+    const BYTES: u64 = 32 * 1024 * 1024;
     let Some(world) = world("flood").await else { return };
     let program = Program::Flood { stream: LogStream::Stdout, bytes: BYTES, binary: false };
     let attempt = world.attempt(&program, |_| {});
