@@ -28,9 +28,19 @@ pub(crate) fn target() -> Result<PathBuf> {
     }
 }
 
-/// The cargo that runs us, in the workspace's root.
+/// The cargo that runs us, in the workspace's root, as if a person had called it.
+///
+/// Without what cargo tells a program that it runs of its package: build scripts that look at it (that of `ring`) would be run
+/// again, and everything above them be compiled anew, each time a person's cargo and ours take turns.
 pub(crate) fn cargo() -> Result<Command> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        let of_the_package =
+            |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+        if name.to_str().is_some_and(of_the_package) {
+            command.env_remove(name);
+        }
+    }
     command.current_dir(root()?);
     Ok(command)
 }
