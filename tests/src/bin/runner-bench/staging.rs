@@ -83,18 +83,23 @@ async fn peer(
 ) -> Result<f64, Fault> {
     let to = tempfile::tempdir_in(beside)?;
     last(&mut command, &to.path().join("tree"));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let (time, status) = timed(async { command.status() }).await;
-    match status? {
-        status if status.success() => Ok(time),
-        status => Err(format!("{command:?} ended with {status}").into()),
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let (time, output) = timed(async { command.output() }).await;
+    let output = output?;
+    if output.status.success() {
+        return Ok(time);
     }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(format!("{:?} ended with {}: {said}", command.get_program(), output.status).into())
 }
 
 fn rclone(server: &StoreServer, from: &str) -> Command {
     let mut command = Command::new("rclone");
-    command.args(["copy", "--transfers", "16", "--checkers", "16", "--config", "/dev/null"]);
+    // One listing of everything, as the server has it: version 2, flat.
+    command.args(["copy", "--fast-list", "--transfers", "16", "--checkers", "16", "--config", "/dev/null"]);
     command.arg(format!(":s3:{}/{PREFIX}/{from}", server::BUCKET));
+    // Neither the credentials nor the proxies and certificates of whoever measures.
+    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     let endpoint = server.endpoint();
     for (name, value) in [
         ("RCLONE_S3_PROVIDER", "Other"),
@@ -102,6 +107,7 @@ fn rclone(server: &StoreServer, from: &str) -> Command {
         ("RCLONE_S3_ACCESS_KEY_ID", server::KEY_ID),
         ("RCLONE_S3_SECRET_ACCESS_KEY", server::SECRET),
         ("RCLONE_S3_REGION", "us-east-1"),
+        ("RCLONE_S3_LIST_VERSION", "2"),
     ] {
         command.env(name, value);
     }
