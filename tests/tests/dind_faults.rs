@@ -29,6 +29,20 @@ async fn world(test: &'static str, options: EngineOptions) -> Option<World> {
     World::make(test, options, |_, config| config.request_timeout_seconds = 5).await
 }
 
+/// Kills the engine or asks it to end, and starts it again.
+async fn restart(world: &World, kill: bool, live_restore: bool) {
+    world
+        .on_engine(|engine| {
+            if kill {
+                engine.kill();
+            } else {
+                engine.stop();
+            }
+            engine.resurrect(live_restore);
+        })
+        .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_of_the_engine_ends_attempts_for_what_it_is_and_keeps_their_logs() {
     let Some(world) = world("restart", EngineOptions::default()).await else { return };
@@ -37,16 +51,7 @@ async fn a_restart_of_the_engine_ends_attempts_for_what_it_is_and_keeps_their_lo
         world.ensure(&attempt).await;
         let mut followed = world.follow(&attempt);
         followed.until(READY).await;
-        world
-            .on_engine(|engine| {
-                if kill {
-                    engine.kill()
-                } else {
-                    engine.stop()
-                }
-                engine.resurrect(false);
-            })
-            .await;
+        restart(&world, kill, false).await;
         let end = followed.until_end().await;
         assert_eq!((end.cause, end.retryable), (Cause::Backend, true), "{end:?}");
         assert_eq!(followed.text(), READY);
@@ -64,16 +69,7 @@ async fn with_live_restore_programs_live_on_and_their_logs_are_exact() {
         world.ensure(&attempt).await;
         let mut followed = world.follow(&attempt);
         followed.until("30\n").await;
-        world
-            .on_engine(|engine| {
-                if kill {
-                    engine.kill()
-                } else {
-                    engine.stop()
-                }
-                engine.resurrect(true);
-            })
-            .await;
+        restart(&world, kill, true).await;
         let end = followed.until_end().await;
         assert_eq!((end.cause, end.status), EXITED_0, "{end:?}");
         assert_eq!(followed.text(), numbers(300));

@@ -16,7 +16,7 @@ use crate::{
 /// # Errors
 /// A violation for each input whose run is not there, has not succeeded, or has no such output. Another tenant's run is
 /// not told from one that does not exist.
-pub(super) async fn find(parts: &Parts, caller: &Caller, mut spec: RunSpec) -> Result<RunSpec, ServiceError> {
+pub(super) async fn find(parts: &Parts, caller: &Caller, spec: &mut RunSpec) -> Result<(), ServiceError> {
     let mut violations = Vec::new();
     for (i, input) in spec.inputs.iter_mut().enumerate() {
         let InputSource::Run(output) = &mut input.source else { continue };
@@ -28,7 +28,7 @@ pub(super) async fn find(parts: &Parts, caller: &Caller, mut spec: RunSpec) -> R
             }
         }
     }
-    if violations.is_empty() { Ok(spec) } else { Err(InvalidSpec(violations).into()) }
+    if violations.is_empty() { Ok(()) } else { Err(InvalidSpec(violations).into()) }
 }
 
 fn look(output: &RunOutput, record: Option<&RunRecord>) -> Result<FoundOutput, String> {

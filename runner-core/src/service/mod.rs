@@ -306,7 +306,7 @@ impl RunService {
         request.spec.validate(&caller.tenant, &parts.limits)?;
         // Of what the caller sent, before anything is filled in.
         let digest = request.spec.digest();
-        let RunRequest { spec, run_id, key } = request;
+        let RunRequest { mut spec, run_id, key } = request;
         let new_run = |spec, backend, backend_reason| NewRun {
             id: run_id.unwrap_or_else(|| parts.ids.run_id()),
             tenant: caller.tenant.clone(),
@@ -317,8 +317,11 @@ impl RunService {
             backend_reason,
             time: parts.clock.now(),
         };
-        let run = match self.place(caller, spec.clone()).await {
-            Ok((spec, backend, reason)) => new_run(spec, backend, reason),
+        let run = match self.place(caller, &mut spec).await {
+            Ok(choice) => {
+                let spec = parts.limits.apply(spec, &choice.backend.capabilities());
+                new_run(spec, choice.backend.name().clone(), choice.reason)
+            }
             // What was accepted once is answered, though what it needed then may be gone by now. With no room, the store
             // makes nothing new.
             Err(error) => {
@@ -355,21 +358,15 @@ impl RunService {
         core.whole("accept", accepting).await
     }
 
-    /// What a valid spec becomes, and where: other runs' outputs are found, defaults filled in.
-    async fn place(
-        &self,
-        caller: &Caller,
-        spec: RunSpec,
-    ) -> Result<(RunSpec, BackendName, String), ServiceError> {
+    /// Finds other runs' outputs that a valid spec names, and chooses where it goes.
+    async fn place(&self, caller: &Caller, spec: &mut RunSpec) -> Result<route::Choice, ServiceError> {
         let parts = &self.core.parts;
-        let spec = inputs::find(parts, caller, spec).await?;
-        let choice = route::choose(
+        inputs::find(parts, caller, spec).await?;
+        route::choose(
             self.core.backends.iter().map(|(name, entry)| (name, &entry.backend)),
             &parts.default_backend,
-            &spec,
-        )?;
-        let spec = parts.limits.apply(spec, &choice.backend.capabilities());
-        Ok((spec, choice.backend.name().clone(), choice.reason))
+            spec,
+        )
     }
 
     /// A run of the caller's tenant.
@@ -466,8 +463,9 @@ impl RunService {
     /// has its outputs as an input; else the stores' failure: the call may be repeated, and the next sweep goes on by itself.
     pub async fn delete(&self, caller: &Caller, id: RunId) -> Result<(), ServiceError> {
         let record = self.find(caller, id).await?;
-        let live = || precondition("RUN_NOT_ENDED", "the run has not ended; cancel it first".to_owned());
-        let Some(ended) = record.ended else { return Err(live()) };
+        let Some(ended) = record.ended else {
+            return Err(precondition("RUN_NOT_ENDED", "the run has not ended; cancel it first".to_owned()));
+        };
         // Its end is told before its workload is removed, which takes moments.
         for _ in 0..100 {
             if self.core.live.get(id).is_none() || !self.core.pause(Duration::from_millis(50)).await {

@@ -12,6 +12,7 @@ use crate::{
         ManifestEntry, read_small,
     },
     backend::{AttemptContext, BackendError, BackendErrorKind, Direction, Progress},
+    id::InvalidId,
     outcome::{Cause, ExitStatus},
     spec::{Input, InputSource, Output},
 };
@@ -128,7 +129,7 @@ pub(super) async fn outputs(
     let mut entries = Vec::new();
     for (i, output) in attempt.spec.outputs.iter().enumerate() {
         let prefix = match &output.destination {
-            Some(uri) => join(uri.key(), &format!("{}/{}", attempt.attempt.run, attempt.attempt.number))?,
+            Some(uri) => named(uri.key(), uri.key().of_attempt(attempt.attempt))?,
             None => join(&base, &format!("outputs/{i}"))?,
         };
         let found = entries_of(output, files);
@@ -171,7 +172,11 @@ pub(super) async fn outputs(
 }
 
 fn join(prefix: &ArtifactKey, rest: &str) -> Result<ArtifactKey, ArtifactError> {
-    prefix.join(rest).map_err(|error| {
+    named(prefix, prefix.join(rest))
+}
+
+fn named(prefix: &ArtifactKey, key: Result<ArtifactKey, InvalidId>) -> Result<ArtifactKey, ArtifactError> {
+    key.map_err(|error| {
         ArtifactError::with_source(ArtifactErrorKind::Other, format!("name an object below {prefix}"), error)
     })
 }
