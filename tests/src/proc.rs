@@ -5,8 +5,10 @@ use std::{
     fs,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
+use runner_core::clock::{Clock as _, SystemClock};
 use rustix::process::{Pid, Signal};
 
 /// Every process that can be seen, as its pid.
@@ -41,10 +43,40 @@ fn alive(pid: i32) -> bool {
     state_and_parent(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
 }
 
+/// For how long a process is looked at again that is between two programs.
+const EXEC: Duration = Duration::from_secs(5);
+
+/// A process in the middle of `execve` has new memory already, but no environment and no arguments in it yet: whoever
+/// looks then would take it for one that has none, and miss it. Fields 48 and 51 of `/proc/PID/stat` tell the two apart:
+/// where the arguments and the environment lie is set when they are there.
+fn between_programs(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some((_, fields)) = stat.rsplit_once(')') else { return false };
+    let fields: Vec<_> = fields.split_whitespace().collect();
+    // The first one after the name is field 3.
+    let field = |number: usize| fields.get(number - 3).and_then(|field| field.parse::<u64>().ok());
+    // Kernel threads have no memory at all.
+    field(23).is_some_and(|bytes| bytes > 0) && field(51) == Some(0)
+}
+
+/// A file of a process that the kernel reads out of the process' memory. Empty where there is none, or no process.
+fn memory_file(pid: i32, name: &str) -> Vec<u8> {
+    let clock = SystemClock::new();
+    let deadline = clock.monotonic() + EXEC;
+    // Of a process that is not ours to look at nothing is told, fields of its `stat` neither.
+    while let Ok(read) = fs::read(format!("/proc/{pid}/{name}")) {
+        if !read.is_empty() || !between_programs(pid) || clock.monotonic() > deadline {
+            return read;
+        }
+        std::thread::yield_now();
+    }
+    Vec::new()
+}
+
 fn pids_with_environment(name: &str, value: &str) -> Vec<i32> {
     let entry = format!("{name}={value}");
     let has = |pid: &i32| {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = memory_file(*pid, "environ");
         environment.split(|byte| *byte == 0).any(|found| found == entry.as_bytes()) && alive(*pid)
     };
     pids().filter(has).collect()
@@ -53,7 +85,7 @@ fn pids_with_environment(name: &str, value: &str) -> Vec<i32> {
 fn pids_with_argument_below(path: &Path) -> Vec<i32> {
     let own = i32::try_from(std::process::id()).unwrap_or(0);
     let has = |pid: &i32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = memory_file(*pid, "cmdline");
         *pid != own && contains(&line, path.as_os_str().as_bytes()) && alive(*pid)
     };
     pids().filter(has).collect()

@@ -190,8 +190,9 @@ pub fn command(program: &Program) -> Vec<String> {
         ["sh", "-c", script, "sh"].iter().chain(args).map(|word| (*word).to_owned()).collect()
     };
     let plain = |words: &[&str]| -> Vec<String> { words.iter().map(|word| (*word).to_owned()).collect() };
-    // In a session of its own, its parent gone, deaf to every polite signal.
-    const DAEMON: &str = r#"(setsid sh -c 'trap "" TERM HUP INT; while :; do sleep 1; done' &)"#;
+    // In a session of its own, its parent gone, deaf to every polite signal. Its output goes to descriptor 4. What
+    // waits for the substitution waits for the daemon to let go of descriptor 3: it is deaf then.
+    const DAEMON: &str = r#": "$( (setsid sh -c 'trap "" TERM HUP INT; exec 3>&-; while :; do sleep 1; done' 3>&1 >&4 4>&- &) )""#;
     match program {
         Program::Print { out, err, exit } => {
             shell(r#"printf %s "$1"; printf %s "$2" >&2; exit "$3""#, &[out, err, &exit.to_string()])
@@ -206,11 +207,12 @@ pub fn command(program: &Program) -> Vec<String> {
         }
         Program::IgnoreTerm => shell(r#"trap "" TERM; echo ready; while :; do sleep 1; done"#, &[]),
         Program::Daemonize => {
-            shell(&format!("{DAEMON} </dev/null >/dev/null 2>&1; echo ready; exec sleep 100000"), &[])
+            let script = format!("exec 4>/dev/null 2>&4; {DAEMON}; echo ready; exec sleep 100000 4>&-");
+            shell(&script, &[])
         }
         // This daemon holds the log's pipes open.
         Program::DaemonizeAndExit(code) => {
-            shell(&format!("{DAEMON}; echo ready; exit $1"), &[&code.to_string()])
+            shell(&format!("exec 4>&1; {DAEMON}; echo ready; exit $1"), &[&code.to_string()])
         }
         Program::Count { count, pause } => {
             let script = r#"i=0; while [ $i -lt $1 ]; do sleep $2; echo $i; i=$((i+1)); done"#;
