@@ -14,5 +14,16 @@ pub mod v1 {
     tonic::include_proto!("runner.v1");
 }
 
+/// Package `runner.agent.v1`: the channel between a workload's agent and the service. Not for callers.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    reason = "generated; the proto files carry the documentation"
+)]
+pub mod agent {
+    tonic::include_proto!("runner.agent.v1");
+}
+
 /// The encoded `FileDescriptorSet` of every file of the contract with its imports, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -3,5 +3,7 @@
 #[cfg(feature = "staging")]
 pub mod backend;
 pub mod exec;
+#[cfg(feature = "pod")]
+pub mod pod;
 #[cfg(feature = "staging")]
 pub mod staging;

@@ -3,6 +3,7 @@
 //! Knows nothing of gRPC, SQL, Docker or Kubernetes. Where to start reading: [`state`] for what can happen to a run,
 //! [`backend`], [`store`] and [`log`] for the contracts of the parts, `supervisor` for how they become the life of a run.
 
+pub mod agent;
 pub mod artifact;
 pub mod backend;
 pub mod base64_bytes;

@@ -1,5 +1,6 @@
 //! The workload runner service: configuration, surfaces, and how the parts become one process.
 
+pub mod agents;
 pub mod auth;
 pub mod blob;
 pub mod config;

@@ -17,6 +17,7 @@ use runner_artifacts::{
     object,
 };
 use runner_core::{
+    agent::AgentHub,
     artifact::{ArtifactError, ArtifactStore},
     backend::Backend,
     clock::{self, Clock, IdGen},
@@ -26,10 +27,11 @@ use runner_store::{DataDirLock, LockError, SqliteOptions, SqliteStore};
 use serde_json::json;
 
 use crate::{
+    agents::key::{self, AgentKeyError},
     blob::Spool,
     config::{BackendConfig, Config, objects::ObjectStoreConfig},
     metrics::Metrics,
-    server::{BindError, bind},
+    server::{BindError, bind, bind_for_agents},
     surfaces::{SurfaceParts, Surfaces},
 };
 
@@ -63,6 +65,9 @@ pub enum ServeError {
     /// The keys of signed URLs cannot be had.
     #[error("open the keys of signed URLs")]
     Keys(#[source] KeyError),
+    /// The key of agents' tokens cannot be had.
+    #[error("open the key of agents' tokens")]
+    AgentKey(#[source] AgentKeyError),
     /// A backend cannot be opened.
     #[error("open the backend {name}")]
     Backend {
@@ -129,6 +134,10 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
     // Before anything is done: a port that is taken is the most likely mistake.
     let listener = bind("listen", "--listen", config.listen).await?;
     let ops_listener = bind("ops_listen", "--ops-listen", config.ops_listen).await?;
+    let agent_listener = match config.agent_listen {
+        Some(address) => Some(bind_for_agents("agent_listen", "--agent-listen", address).await?),
+        None => None,
+    };
     let (clock, ids) = clock::system();
     let metrics = Arc::new(Metrics::new());
 
@@ -154,11 +163,12 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         })
         .await?
     };
-    let (signer, instance) = {
+    let (signer, instance, hub) = {
         let (dir, clock, ids) = (data_dir.clone(), Arc::clone(&clock), Arc::clone(&ids));
         blocking(move || {
             let signer = BlobSigner::open(&dir, clock).map_err(ServeError::Keys)?;
-            Ok::<_, ServeError>((signer, instance(&dir, ids.as_ref())?))
+            let hub = AgentHub::new(key::open(&dir).map_err(ServeError::AgentKey)?);
+            Ok::<_, ServeError>((signer, instance(&dir, ids.as_ref())?, hub))
         })
         .await?
     };
@@ -201,6 +211,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         metrics,
         listener,
         ops_listener,
+        agents: agent_listener.map(|listener| (listener, hub)),
     };
     let surfaces = Surfaces::start(config, parts).await.map_err(ServeError::Descriptors)?;
     write_endpoint(&data_dir, listen, ops_listen)?;

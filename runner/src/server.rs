@@ -81,6 +81,18 @@ pub async fn bind(
     address: SocketAddr,
 ) -> Result<TcpListener, BindError> {
     loopback_only(key, address)?;
+    bind_for_agents(key, flag, address).await
+}
+
+/// Listens on any address: whoever is served there must prove who they are on every call.
+///
+/// # Errors
+/// See [`BindError`].
+pub async fn bind_for_agents(
+    key: &'static str,
+    flag: &'static str,
+    address: SocketAddr,
+) -> Result<TcpListener, BindError> {
     TcpListener::bind(address).await.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => BindError::InUse { key, flag, address },
         _ => BindError::Failed { key, address, source },

@@ -4,6 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use runner_artifacts::blob::BlobSigner;
 use runner_core::{
+    agent::AgentHub,
     artifact::ArtifactStore,
     clock::{Clock, IdGen},
     service::RunService,
@@ -13,6 +14,7 @@ use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    agents::{self, Agents},
     auth::Authenticator,
     blob,
     config::Config,
@@ -49,6 +51,8 @@ pub struct SurfaceParts {
     pub listener: TcpListener,
     /// Health and metrics.
     pub ops_listener: TcpListener,
+    /// Agents, where there is a backend that has some.
+    pub agents: Option<(TcpListener, Arc<AgentHub>)>,
 }
 
 /// Both ports, being served.
@@ -63,6 +67,7 @@ pub struct Surfaces {
     abort_ops: CancellationToken,
     api: JoinHandle<Option<()>>,
     ops: JoinHandle<Option<()>>,
+    agents: Option<JoinHandle<Option<()>>>,
 }
 
 impl Surfaces {
@@ -74,8 +79,18 @@ impl Surfaces {
         config: &Config,
         parts: SurfaceParts,
     ) -> Result<Self, tonic_reflection::server::Error> {
-        let SurfaceParts { service, artifacts, signer, spool, clock, ids, metrics, listener, ops_listener } =
-            parts;
+        let SurfaceParts {
+            service,
+            artifacts,
+            signer,
+            spool,
+            clock,
+            ids,
+            metrics,
+            listener,
+            ops_listener,
+            agents,
+        } = parts;
         let draining = CancellationToken::new();
         let abort = CancellationToken::new();
         let stop_ops = CancellationToken::new();
@@ -113,6 +128,11 @@ impl Surfaces {
             draining: draining.clone(),
             abort: abort.clone(),
         };
+        let agents = agents.map(|(listener, hub)| {
+            let surface = Agents { hub, live: Arc::clone(&service) as _, draining: draining.clone() };
+            let server = Server { name: "agents", ..server.clone() };
+            task::spawn(TaskKind::Loop, "agents", server.serve(listener, agents::router(surface)))
+        });
         let ops_server =
             Server { name: "ops", draining: stop_ops.clone(), abort: abort_ops.clone(), ..server.clone() };
         task::spawn(
@@ -125,7 +145,7 @@ impl Surfaces {
         let api = task::spawn(TaskKind::Loop, "api", server.serve(listener, router));
         let ops =
             task::spawn(TaskKind::Loop, "ops", ops_server.serve(ops_listener, ops::router(probe, metrics)));
-        Ok(Self { service, clock, health, draining, abort, stop_ops, abort_ops, api, ops })
+        Ok(Self { service, clock, health, draining, abort, stop_ops, abort_ops, api, ops, agents })
     }
 
     /// Stops within `drain`: no new connection; streams end with `UNAVAILABLE`, so that clients connect again; calls under
@@ -139,6 +159,12 @@ impl Surfaces {
             tracing::warn!("connections that did not end in time are dropped");
         }
         self.abort.cancel();
+        // Their connections are dropped now; they dial again.
+        if let Some(agents) = self.agents
+            && agents.await.is_err()
+        {
+            tracing::error!("the task of the agents' port was lost");
+        }
         let left = drain.saturating_sub(self.clock.monotonic().saturating_sub(start));
         if tokio::time::timeout(left, self.service.shutdown()).await.is_err() {
             tracing::warn!("work that did not end in time is given up; the next start takes it up again");

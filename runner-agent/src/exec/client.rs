@@ -281,7 +281,7 @@ fn wait_for_death(
 pub fn shim_errors(dir: &Path) -> String {
     const MOST: u64 = 4096;
     let read = || -> io::Result<String> {
-        let mut file = fs::File::open(dir.join(name::ERRORS))?;
+        let mut file = record::open_plain(&dir.join(name::ERRORS))?;
         let length = file.metadata()?.len();
         io::Seek::seek(&mut file, io::SeekFrom::Start(length.saturating_sub(MOST)))?;
         let mut bytes = Vec::new();

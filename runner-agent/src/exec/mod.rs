@@ -16,7 +16,7 @@ mod control;
 mod link_out;
 mod probe;
 mod reader;
-mod record;
+pub(crate) mod record;
 mod root;
 mod shim;
 mod spool;
@@ -26,5 +26,5 @@ mod watch;
 
 pub use self::{
     probe::probe,
-    shim::{ShimExit, run, run_contained},
+    shim::{ShimExit, run, run_contained, run_unlinked},
 };

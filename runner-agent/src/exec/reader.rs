@@ -178,7 +178,7 @@ impl SpoolReader {
     }
 
     fn open_segment(path: PathBuf, start: u64) -> Result<Open, SpoolError> {
-        match fs::File::open(&path) {
+        match super::record::open_plain(&path) {
             Ok(file) => Ok(Open { file, path, start, at: 0, next: start }),
             Err(source) => Err(SpoolError::Io { path, source }),
         }

@@ -6,7 +6,7 @@
 
 use std::{
     fs,
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
@@ -14,6 +14,9 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::protocol::{self, ShimRecord};
+
+/// Largest record that is read: specifications are bounded far below it.
+const MAX_RECORD_BYTES: u64 = 64 << 20;
 
 /// A record that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -48,12 +51,29 @@ impl RecordError {
 /// Where it is there and cannot be read or understood.
 pub(crate) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<Option<T>, RecordError> {
     let path = dir.join(name);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
+    let mut bytes = Vec::new();
+    let whole = open_plain(&path).and_then(|file| file.take(MAX_RECORD_BYTES).read_to_end(&mut bytes));
+    match whole {
+        Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(RecordError::io(&path, error)),
-    };
+    }
     serde_json::from_slice(&bytes).map(Some).map_err(|source| RecordError::Malformed { path, source })
+}
+
+/// Opens a file of an attempt's directory for reading, as far as it is one. Where the shim has the program's own user, the program
+/// may have put anything in its place: a link would lead to what only the reader has, a pipe would make it wait for ever.
+///
+/// # Errors
+/// The file system's, and where it is no regular file.
+pub(crate) fn open_plain(path: &Path) -> io::Result<fs::File> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
+    let file = fs::File::options().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
+    }
+    Ok(file)
 }
 
 /// Writes a record whole, over one of the same name.
@@ -224,6 +244,27 @@ pub(crate) fn was_claimed(dir: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_program_puts_in_a_records_place_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("secret"), "1").unwrap();
+        std::os::unix::fs::symlink("secret", dir.path().join("link")).unwrap();
+        let pipe = std::ffi::CString::new(dir.path().join("pipe").as_os_str().as_encoded_bytes()).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &*pipe,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        for name in ["link", "pipe", "."] {
+            let read = read::<u32>(dir.path(), name);
+            assert!(matches!(read, Err(RecordError::Io { .. })), "{name}: {read:?}");
+        }
+        assert_eq!(read::<u32>(dir.path(), "secret").unwrap(), Some(1));
+    }
 
     #[test]
     fn a_process_name_with_parentheses_and_spaces_does_not_shift_the_fields() {

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    collections::BTreeMap,
     fs,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -61,13 +62,32 @@ pub enum ShimExit {
 /// nothing of the workload is left and the exit record is written. Must be called by a process that has one thread and does
 /// nothing else: it closes every descriptor that it finds.
 pub fn run(dir: &Path) -> ShimExit {
-    run_as(dir, false)
+    run_as(dir, Place::Independent)
 }
 
 /// The same as the first process of a container, which is what confines the program: standard output and input are the
 /// link ([`super::link`]), the container's control groups are read, and every process of the container is the workload's.
 pub fn run_contained(dir: &Path) -> ShimExit {
-    run_as(dir, true)
+    run_as(dir, Place::Contained { linked: true })
+}
+
+/// The same in a container whose standard streams lead to nobody: there is no link, and nothing is written to them. The
+/// specification's environment goes over the container's own, which has what the image says; so does its working directory,
+/// which is empty where the container's own is meant.
+pub fn run_unlinked(dir: &Path) -> ShimExit {
+    run_as(dir, Place::Contained { linked: false })
+}
+
+/// Where the shim is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// On a machine, as a process of its own.
+    Independent,
+    /// The first process of a container.
+    Contained {
+        /// The standard streams are the link.
+        linked: bool,
+    },
 }
 
 /// The link's ends, where this is a container's shim.
@@ -77,12 +97,13 @@ struct Link {
     requests: Option<LinkIn>,
 }
 
-fn run_as(dir: &Path, contained: bool) -> ShimExit {
+fn run_as(dir: &Path, place: Place) -> ShimExit {
     if record::was_claimed(dir) {
         return ShimExit::Refused;
     }
     let clock = SystemClock::new();
-    let claimed = become_independent(dir, contained).and_then(|link| Ok((claim(dir)?, link)));
+    let working_dir = std::env::current_dir();
+    let claimed = become_independent(dir, place).and_then(|link| Ok((claim(dir)?, link)));
     let (claimed, link) = match claimed {
         Ok(claimed) => claimed,
         Err(error) => {
@@ -103,7 +124,16 @@ fn run_as(dir: &Path, contained: bool) -> ShimExit {
     };
     let out = link.out.clone();
     let record = match record::read::<ExecSpec>(dir, name::EXEC) {
-        Ok(Some(spec)) => execute(dir, &spec, &clock, &ending, link),
+        Ok(Some(mut spec)) => {
+            if matches!(place, Place::Contained { linked: false }) {
+                spec.env = below(own_environment(), spec.env);
+                if spec.working_dir.is_empty() {
+                    let own = working_dir.ok().and_then(|dir| dir.into_os_string().into_string().ok());
+                    spec.working_dir = own.unwrap_or_else(|| "/".to_owned());
+                }
+            }
+            execute(dir, &spec, &clock, &ending, link)
+        }
         Ok(None) => failed(&clock, format!("{} is missing", name::EXEC)),
         Err(error) => failed(&clock, error.to_string()),
     };
@@ -124,6 +154,22 @@ fn run_as(dir: &Path, contained: bool) -> ShimExit {
     }
 }
 
+/// The environment that the container gives its first process: mostly its image's own.
+fn own_environment() -> BTreeMap<String, String> {
+    // What is not UTF-8 cannot be meant for a specification that is.
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}
+
+/// `over` on top of `own`, without what Kubernetes adds to every container: the pod's name, and where its API is.
+fn below(own: BTreeMap<String, String>, over: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut env = own;
+    env.retain(|name, _| name != "HOSTNAME" && !name.starts_with("KUBERNETES_"));
+    env.extend(over);
+    env
+}
+
 fn claim(dir: &Path) -> Result<bool, String> {
     let pid = rustix::process::getpid().as_raw_pid();
     let shim = record::identify(pid).map_err(|error| format!("/proc: {error}"))?;
@@ -131,7 +177,7 @@ fn claim(dir: &Path) -> Result<bool, String> {
 }
 
 /// Leaves the session, the descriptors, the directory and the signals of the parent behind.
-fn become_independent(dir: &Path, contained: bool) -> Result<Link, String> {
+fn become_independent(dir: &Path, place: Place) -> Result<Link, String> {
     // A parent may have had SIGCHLD ignored, which hides how a child ended.
     sys::reset_signals();
     sys::close_all_but([0, 1, 2]).map_err(|error| format!("closing descriptors: {error}"))?;
@@ -142,11 +188,17 @@ fn become_independent(dir: &Path, contained: bool) -> Result<Link, String> {
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let null = child::null().map_err(step("/dev/null"))?;
     let mut link = Link::default();
-    if contained {
+    if let Place::Contained { linked } = place {
         let copy =
             |fd: rustix::fd::BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, 3).map_err(step("the link"));
-        link.out = Some(Rc::new(RefCell::new(LinkOut::new(copy(rustix::stdio::stdout())?))));
-        link.requests = Some(LinkIn::new(copy(rustix::stdio::stdin())?));
+        // Without a link its place is taken by nothing at all, so that all else is the same.
+        let (out, requests) = if linked {
+            (rustix::stdio::stdout(), rustix::stdio::stdin())
+        } else {
+            (null.as_fd(), null.as_fd())
+        };
+        link.out = Some(Rc::new(RefCell::new(LinkOut::new(copy(out)?))));
+        link.requests = Some(LinkIn::new(copy(requests)?));
     }
     let flags = OFlags::CREATE | OFlags::APPEND | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let errors = rustix::fs::open(dir.join(name::ERRORS), flags, Mode::from_raw_mode(0o600))

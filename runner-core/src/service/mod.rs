@@ -34,7 +34,7 @@ use crate::{
     capability::Capabilities,
     clock::{Clock, IdGen},
     crash,
-    id::{BackendName, IdempotencyKey, RunId, TenantId},
+    id::{AttemptId, BackendName, IdempotencyKey, RunId, TenantId},
     limits::Limits,
     log::LogStore,
     outcome::{Cause, Outcome},
@@ -437,6 +437,16 @@ impl RunService {
         let record = self.find(caller, id).await?;
         let attempts = self.core.parts.store.attempts(id).await?;
         Ok((record, attempts))
+    }
+
+    /// Whether the attempt is its run's last one and is not over: it was begun, and neither judged nor given up.
+    ///
+    /// # Errors
+    /// The store's failure.
+    pub async fn is_live_attempt(&self, attempt: AttemptId) -> Result<bool, ServiceError> {
+        let Some(record) = self.core.parts.store.get(attempt.run).await? else { return Ok(false) };
+        let state = record.position.state;
+        Ok(record.attempt() == Some(attempt) && state != RunState::Queued && !state.is_terminal())
     }
 
     /// A page of the caller's runs, newest first.

@@ -51,6 +51,11 @@ pub struct Config {
     /// Address of `/healthz`, `/readyz` and `/metrics`. Loopback only, like `listen`.
     #[schemars(with = "String", example = &"127.0.0.1:7601")]
     pub ops_listen: SocketAddr,
+    /// Address that agents beside workloads dial. Unlike the others it may be reached from elsewhere: every call on it needs the
+    /// token of a live attempt. No backend has such agents yet; without an address nothing listens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", example = &"0.0.0.0:7602")]
+    pub agent_listen: Option<SocketAddr>,
     /// The backend of runs that name none.
     #[schemars(with = "String", example = &"local")]
     pub default_backend: BackendName,
@@ -192,6 +197,7 @@ impl Default for Config {
             data_dir: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 7600)),
             ops_listen: SocketAddr::from(([127, 0, 0, 1], 7601)),
+            agent_listen: None,
             default_backend: local.name.clone(),
             backends: vec![BackendConfig::Local(local)],
             object_store: ObjectStoreConfig::default(),

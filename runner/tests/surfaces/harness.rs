@@ -115,6 +115,7 @@ impl Harness {
             metrics,
             listener,
             ops_listener,
+            agents: None,
         };
         let surfaces = Surfaces::start(&config, parts).await.unwrap();
         Self { listen, ops_listen, store, artifacts, clock, spool, surfaces, _dir: dir }
