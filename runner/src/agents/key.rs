@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn a_file_that_is_exposed_or_malformed_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        drop(open(dir.path()).unwrap());
+        let _ = open(dir.path()).unwrap();
         let path = dir.path().join(KEY_FILE);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         assert!(matches!(open(dir.path()), Err(AgentKeyError::Exposed { mode: 0o644, .. })));
