@@ -1,0 +1,20 @@
+//! Traffic: where new runs go, while two or more backends take them side by side.
+//!
+//! [`choose`] decides for one run, by a [`Policy`]. [`Traffic`] is the stored whole: the policy, which backends are drained, and
+//! the ramp. [`Change`] is how it becomes another. Nothing here reads a clock or a store.
+
+mod policy;
+mod ramp;
+mod route;
+mod share;
+mod split;
+mod state;
+
+pub use self::{
+    policy::{MAX_RULES, Match, Policy, Rule, Target},
+    ramp::{MAX_HOLD, MAX_STEPS, Ramp, RampOrder, RampStatus, RampStep},
+    route::{Asked, Candidate, DecidedBy, Decision, NoBackend, PassedOver, choose},
+    share::{InvalidShare, Share},
+    split::{BUCKETS, Canary, Split, Sticky, bucket},
+    state::{By, Change, ChangeError, Drained, Traffic},
+};
