@@ -12,6 +12,7 @@ use crate::{
     outcome::Outcome,
     spec::RunSpec,
     state::{Position, RunState},
+    traffic::{Decision, Traffic},
 };
 
 /// A run to be accepted.
@@ -30,8 +31,10 @@ pub struct NewRun {
     pub digest: [u8; 32],
     /// Chosen at admission.
     pub backend: BackendName,
-    /// Why it was chosen.
+    /// Why it was chosen, for people.
     pub backend_reason: String,
+    /// What decided.
+    pub decision: Option<Decision>,
     /// When.
     pub time: Timestamp,
 }
@@ -81,8 +84,10 @@ pub struct RunRecord {
     pub position: Position,
     /// Chosen at admission.
     pub backend: BackendName,
-    /// Why.
+    /// Why, for people.
     pub backend_reason: String,
+    /// What decided. `None` for a run from before decisions were stored.
+    pub decision: Option<Decision>,
     /// A caller asked for the end.
     pub cancel: Option<CancelIntent>,
     /// No attempt begins before this.
@@ -110,6 +115,7 @@ impl NewRun {
             position: Position::START,
             backend: self.backend,
             backend_reason: self.backend_reason,
+            decision: self.decision,
             cancel: None,
             not_before: None,
             created: self.time,
@@ -377,6 +383,56 @@ pub enum Removed {
     Live,
 }
 
+/// The stored state of the traffic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTraffic {
+    /// From 1, one more with every change.
+    pub version: u64,
+    /// The state.
+    pub traffic: Traffic,
+}
+
+/// What somebody did, for the audit log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditEntry {
+    /// When.
+    pub time: Timestamp,
+    /// Who; `service` where nobody asked.
+    pub actor: String,
+    /// What kind of thing, for example `backend.drain`.
+    pub action: String,
+    /// What it did, for people.
+    pub what: String,
+    /// Why, in the actor's words.
+    pub reason: String,
+}
+
+/// An entry of the audit log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredAudit {
+    /// Its number, from 1, without gaps.
+    pub seq: u64,
+    /// The traffic's version that it made.
+    pub version: u64,
+    /// What happened.
+    pub entry: AuditEntry,
+}
+
+/// The store's answer to [`Store::set_traffic`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrafficSet {
+    /// Durable now, with its entry in the audit log.
+    Stored {
+        /// The new version.
+        version: u64,
+    },
+    /// Another version is stored. Nothing changed.
+    Conflict {
+        /// Which; 0: none.
+        version: u64,
+    },
+}
+
 /// Stored data that does not decode. It is quarantined: reported, left as it is, and everything else goes on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("table {table}, column {column}, key {key}: {detail}")]
@@ -454,6 +510,8 @@ pub struct LiveRuns {
 ///    run that is not terminal, nothing. A run whose row does not decode is removed too, where its end is known.
 /// 10. `begin_removal` is durable: until `remove`, `removals` names the run. It changes nothing else.
 /// 11. `names_upload` knows every stored run, whether live or ended, whose spec [names](crate::spec::RunSpec::uploads) the upload.
+/// 12. `set_traffic` stores the state and its entry in the audit log in one transaction, and only over the expected version: of
+///     several at once over the same version, one is stored. The audit log only grows.
 #[async_trait]
 pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     /// Accepts a run.
@@ -509,6 +567,17 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     async fn removals(&self, max: usize) -> Result<Vec<EndedRun>, StoreError>;
     /// Removes a terminal run: its row and everything that belongs to it.
     async fn remove(&self, id: RunId) -> Result<Removed, StoreError>;
+    /// The traffic's state; `None` where none was ever stored.
+    async fn traffic(&self) -> Result<Option<StoredTraffic>, StoreError>;
+    /// Stores another state over version `expected`, 0 for none, and says in the audit log who did.
+    async fn set_traffic(
+        &self,
+        expected: u64,
+        traffic: &Traffic,
+        entry: AuditEntry,
+    ) -> Result<TrafficSet, StoreError>;
+    /// Entries of the audit log before number `before`, newest first, at most `max`.
+    async fn audit(&self, before: Option<u64>, max: usize) -> Result<Vec<StoredAudit>, StoreError>;
     /// Number of runs that are not terminal, for metrics.
     async fn live_count(&self) -> Result<u64, StoreError>;
     /// Whether the store answers a write and a read.

@@ -81,6 +81,7 @@ impl World {
             artifacts: artifacts.clone(),
             backends: vec![Arc::new(FakeBackend::over(name.clone(), FakeSubstrate::new()))],
             default_backend: name,
+            traffic: None,
             clock: clock.clone(),
             ids: Arc::new(SystemIds),
             limits: Limits::default(),

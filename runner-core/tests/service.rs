@@ -67,6 +67,7 @@ impl World {
             artifacts: self.artifacts.clone(),
             backends: vec![Arc::new(backend)],
             default_backend: name("fake"),
+            traffic: None,
             clock: Arc::new(SystemClock::new()),
             ids: Arc::new(SystemIds),
             limits: self.limits.clone(),

@@ -11,8 +11,11 @@ use crate::error::OpenError;
 const APPLICATION_ID: i64 = 0x726e_6e72;
 
 /// The migration at index `i` leads from version `i` to `i + 1`. Append only.
-pub(crate) const MIGRATIONS: &[&str] =
-    &[include_str!("../migrations/0001-runs.sql"), include_str!("../migrations/0002-retention.sql")];
+pub(crate) const MIGRATIONS: &[&str] = &[
+    include_str!("../migrations/0001-runs.sql"),
+    include_str!("../migrations/0002-retention.sql"),
+    include_str!("../migrations/0003-traffic.sql"),
+];
 
 /// Brings a database to the newest version.
 pub(crate) fn migrate(conn: &mut Connection, path: &Path, migrations: &[&str]) -> Result<(), OpenError> {

@@ -8,7 +8,7 @@ use runner_core::{
     id::RunId,
     store::{
         AttemptRecord, EndedCursor, EndedRun, LiveRuns, PageCursor, RunFilter, RunPage, RunRecord,
-        StoreError, StoredEvent, Swept,
+        StoreError, StoredAudit, StoredEvent, StoredTraffic, Swept,
     },
 };
 use rusqlite::{Connection, OptionalExtension as _, params_from_iter, types::Value};
@@ -41,6 +41,29 @@ pub(crate) const SWEPT: &str = "SELECT ended, id FROM sweeps WHERE kind = ?1";
 pub(crate) const REMOVALS: &str =
     "SELECT r.id, r.tenant, r.ended FROM removals m CROSS JOIN runs r ON r.rn = m.rn ORDER BY m.rn LIMIT ?1";
 pub(crate) const NAMES_UPLOAD: &str = "SELECT rn FROM named_uploads WHERE upload = ?1 LIMIT 1";
+
+pub(crate) const TRAFFIC: &str = "SELECT version, state FROM traffic";
+pub(crate) const AUDIT: &str = "SELECT seq, time, actor, action, what, reason, version FROM audit WHERE seq < ?1 \
+     ORDER BY seq DESC LIMIT ?2";
+
+/// The traffic's state.
+pub(crate) fn traffic(conn: &Connection) -> Result<Option<StoredTraffic>, Fault> {
+    let mut statement = conn.prepare_cached(TRAFFIC)?;
+    let found = statement.query_row((), |row| Ok(row::traffic(row))).optional()?;
+    Ok(found.transpose()?)
+}
+
+/// Entries of the audit log, newest first.
+pub(crate) fn audit(conn: &Connection, before: Option<u64>, max: usize) -> Result<Vec<StoredAudit>, Fault> {
+    let mut statement = conn.prepare_cached(AUDIT)?;
+    let before = before.map_or(i64::MAX, row::int);
+    let mut rows = statement.query((before, i64::try_from(max).unwrap_or(i64::MAX)))?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        found.push(row::audit(row)?);
+    }
+    Ok(found)
+}
 
 /// Runs whose removal was begun.
 pub(crate) fn removals(conn: &Connection, max: usize) -> Result<Vec<EndedRun>, Fault> {

@@ -7,7 +7,10 @@ use runner_core::{
     clock::Timestamp,
     id::RunId,
     state::{Position, RunState},
-    store::{AttemptRecord, EndedRun, Inconsistency, RunRecord, StoreError, StoredEvent, Timer, TimerKind},
+    store::{
+        AttemptRecord, AuditEntry, EndedRun, Inconsistency, RunRecord, StoreError, StoredAudit, StoredEvent,
+        StoredTraffic, Timer, TimerKind,
+    },
 };
 use rusqlite::{Row, types::FromSql};
 use serde::{Serialize, de::DeserializeOwned};
@@ -17,7 +20,7 @@ use uuid::Uuid;
 macro_rules! run_columns {
     () => {
         "r.id, r.tenant, r.key, r.state, r.attempt, r.backend, r.backend_reason, r.cancel, r.not_before, \
-         r.created, r.started, r.ended, r.outcome, r.last_event, s.spec"
+         r.created, r.started, r.ended, r.outcome, r.last_event, s.spec, r.decision"
     };
 }
 pub(crate) use run_columns;
@@ -82,6 +85,27 @@ pub(crate) fn ended(row: &Row<'_>) -> Result<EndedRun, Inconsistency> {
     Ok(EndedRun { id, tenant: source.parse(1, "tenant")?, ended })
 }
 
+/// Decodes `version, state` of `traffic`.
+pub(crate) fn traffic(row: &Row<'_>) -> Result<StoredTraffic, Inconsistency> {
+    let src = Source { row, table: "traffic", key: "1".to_owned() };
+    let traffic = src.json(1, "state")?.ok_or_else(|| src.wrong("state", "is missing"))?;
+    Ok(StoredTraffic { version: src.number(0, "version")?, traffic })
+}
+
+/// Decodes `seq, time, actor, action, what, reason, version` of `audit`.
+pub(crate) fn audit(row: &Row<'_>) -> Result<StoredAudit, Inconsistency> {
+    let number: i64 = row.get(0).unwrap_or(-1);
+    let src = Source { row, table: "audit", key: number.to_string() };
+    let entry = AuditEntry {
+        time: src.time(1, "time")?.ok_or_else(|| src.wrong("time", "is missing"))?,
+        actor: src.get(2, "actor")?,
+        action: src.get(3, "action")?,
+        what: src.get(4, "what")?,
+        reason: src.get(5, "reason")?,
+    };
+    Ok(StoredAudit { seq: src.number(0, "seq")?, version: src.number(6, "version")?, entry })
+}
+
 /// The key of a run's row: the UUID's bytes.
 pub(crate) fn key(id: RunId) -> [u8; 16] {
     *id.as_uuid().as_bytes()
@@ -131,6 +155,7 @@ pub(crate) fn run(row: &Row<'_>) -> Result<RunRecord, Inconsistency> {
         position: Position { state, attempt: src.number(4, "attempt")? },
         backend: src.parse(5, "backend")?,
         backend_reason: src.get(6, "backend_reason")?,
+        decision: src.json(15, "decision")?,
         cancel: src.json(7, "cancel")?,
         not_before: src.time(8, "not_before")?,
         created,

@@ -17,10 +17,11 @@ use runner_core::{
     id::RunId,
     outcome::Outcome,
     store::{
-        Accepted, AttemptRecord, CancelIntent, CancelRequested, EndedCursor, EndedRun, LiveLimits, LiveRuns,
-        NewRun, PageCursor, Removed, RunEvent, RunFilter, RunPage, RunRecord, Store, StoreError, StoredEvent,
-        Swept, Transition, Transitioned,
+        Accepted, AttemptRecord, AuditEntry, CancelIntent, CancelRequested, EndedCursor, EndedRun,
+        LiveLimits, LiveRuns, NewRun, PageCursor, Removed, RunEvent, RunFilter, RunPage, RunRecord, Store,
+        StoreError, StoredAudit, StoredEvent, StoredTraffic, Swept, TrafficSet, Transition, Transitioned,
     },
+    traffic::Traffic,
 };
 use rusqlite::Connection;
 use tokio::sync::Semaphore;
@@ -264,6 +265,23 @@ impl Store for SqliteStore {
 
     async fn remove(&self, id: RunId) -> Result<Removed, StoreError> {
         self.write(write::Remove(id)).await
+    }
+
+    async fn traffic(&self) -> Result<Option<StoredTraffic>, StoreError> {
+        self.read(read::traffic).await
+    }
+
+    async fn set_traffic(
+        &self,
+        expected: u64,
+        traffic: &Traffic,
+        entry: AuditEntry,
+    ) -> Result<TrafficSet, StoreError> {
+        self.write(write::SetTraffic::new(expected, traffic, entry)?).await
+    }
+
+    async fn audit(&self, before: Option<u64>, max: usize) -> Result<Vec<StoredAudit>, StoreError> {
+        self.read(move |conn| read::audit(conn, before, max)).await
     }
 
     async fn live_count(&self) -> Result<u64, StoreError> {

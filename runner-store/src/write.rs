@@ -6,9 +6,10 @@ use runner_core::{
     outcome::Outcome,
     state::{Position, RunState},
     store::{
-        Accepted, CancelIntent, CancelRequested, EndedCursor, LiveLimits, NewRun, Removed, RunEvent,
-        RunRecord, StoreError, Swept, Timer, Transition, Transitioned,
+        Accepted, AuditEntry, CancelIntent, CancelRequested, EndedCursor, LiveLimits, NewRun, Removed,
+        RunEvent, RunRecord, StoreError, Swept, Timer, TrafficSet, Transition, Transitioned,
     },
+    traffic::{Decision, Traffic},
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension as _, named_params, params};
 
@@ -19,8 +20,8 @@ use crate::{
     writer::LiveCounts,
 };
 
-pub(crate) const INSERT_RUN: &str = "INSERT INTO runs (id, tenant, key, digest, state, attempt, backend, backend_reason, created, last_event) \
-     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 1) ON CONFLICT DO NOTHING";
+pub(crate) const INSERT_RUN: &str = "INSERT INTO runs (id, tenant, key, digest, state, attempt, backend, backend_reason, created, decision, last_event) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 1) ON CONFLICT DO NOTHING";
 pub(crate) const INSERT_SPEC: &str = "INSERT INTO specs (rn, spec) VALUES (?1, ?2)";
 pub(crate) const INSERT_LABEL: &str =
     "INSERT INTO labels (name, value, created, id, rn) VALUES (?1, ?2, ?3, ?4, ?5)";
@@ -59,6 +60,13 @@ pub(crate) const REMOVE: [&str; 8] = [
 pub(crate) const BEGIN_REMOVAL: &str = "INSERT OR IGNORE INTO removals (rn) VALUES (?1)";
 pub(crate) const SET_SWEPT: &str = "INSERT INTO sweeps (kind, ended, id) VALUES (?1, ?2, ?3) \
      ON CONFLICT (kind) DO UPDATE SET ended = excluded.ended, id = excluded.id";
+pub(crate) const FIRST_TRAFFIC: &str =
+    "INSERT INTO traffic (one, version, state) VALUES (1, 1, ?1) ON CONFLICT DO NOTHING";
+pub(crate) const NEXT_TRAFFIC: &str =
+    "UPDATE traffic SET version = version + 1, state = ?1 WHERE version = ?2";
+pub(crate) const TRAFFIC_VERSION: &str = "SELECT version FROM traffic";
+pub(crate) const INSERT_AUDIT: &str =
+    "INSERT INTO audit (time, actor, action, what, reason, version) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
 pub(crate) const PROBE: &str = "UPDATE probe SET count = count + 1";
 
 /// What a verb works on.
@@ -97,13 +105,15 @@ pub(crate) struct Accept {
     limits: LiveLimits,
     spec: String,
     event: String,
+    decision: Option<String>,
 }
 
 impl Accept {
     pub(crate) fn new(run: NewRun, limits: LiveLimits) -> Result<Self, StoreError> {
         let spec = to_json(&*run.spec)?;
         let event = to_json(&NewRun::first_event())?;
-        Ok(Self { run, limits, spec, event })
+        let decision = run.decision.as_ref().map(to_json::<Decision>).transpose()?;
+        Ok(Self { run, limits, spec, event, decision })
     }
 
     /// The limit that is reached.
@@ -131,6 +141,7 @@ impl Accept {
             run.backend.as_str(),
             run.backend_reason,
             created,
+            self.decision,
         ])?;
         if inserted == 0 {
             return Ok(false);
@@ -469,6 +480,42 @@ impl Verb for SetSwept {
             1 => Ok(()),
             rows => Err(StoreError::Other(format!("storing a sweep changed {rows} rows")).into()),
         }
+    }
+}
+
+/// `Store::set_traffic`.
+pub(crate) struct SetTraffic {
+    expected: u64,
+    state: String,
+    entry: AuditEntry,
+}
+
+impl SetTraffic {
+    pub(crate) fn new(expected: u64, traffic: &Traffic, entry: AuditEntry) -> Result<Self, StoreError> {
+        Ok(Self { expected, state: to_json(traffic)?, entry })
+    }
+}
+
+impl Verb for SetTraffic {
+    type Answer = TrafficSet;
+
+    fn execute(&self, cx: &mut Context<'_>) -> Result<TrafficSet, Fault> {
+        let stored = match self.expected {
+            0 => cx.statement(FIRST_TRAFFIC)?.execute([&self.state])?,
+            expected => cx.statement(NEXT_TRAFFIC)?.execute(params![self.state, row::int(expected)])?,
+        };
+        if stored == 0 {
+            let version: Option<i64> =
+                cx.statement(TRAFFIC_VERSION)?.query_row((), |row| row.get(0)).optional()?;
+            return Ok(TrafficSet::Conflict {
+                version: version.and_then(|it| u64::try_from(it).ok()).unwrap_or(0),
+            });
+        }
+        let version = self.expected + 1;
+        let AuditEntry { time, actor, action, what, reason } = &self.entry;
+        let values = params![time.as_micros(), actor, action, what, reason, row::int(version)];
+        cx.statement(INSERT_AUDIT)?.execute(values)?;
+        Ok(TrafficSet::Stored { version })
     }
 }
 

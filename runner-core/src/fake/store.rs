@@ -14,10 +14,12 @@ use crate::{
     outcome::Outcome,
     state::{Position, RunState},
     store::{
-        Accepted, AttemptRecord, CancelIntent, CancelRequested, EndedCursor, EndedRun, Inconsistency,
-        LiveLimits, LiveRuns, NewRun, PageCursor, Removed, RunEvent, RunFilter, RunPage, RunRecord, Store,
-        StoreError, StoredEvent, Swept, Timer, TimerKind, Transition, Transitioned,
+        Accepted, AttemptRecord, AuditEntry, CancelIntent, CancelRequested, EndedCursor, EndedRun,
+        Inconsistency, LiveLimits, LiveRuns, NewRun, PageCursor, Removed, RunEvent, RunFilter, RunPage,
+        RunRecord, Store, StoreError, StoredAudit, StoredEvent, StoredTraffic, Swept, Timer, TimerKind,
+        TrafficSet, Transition, Transitioned,
     },
+    traffic::Traffic,
 };
 
 /// A [`Store`] that keeps everything in memory and passes the same suite as the real one.
@@ -37,6 +39,8 @@ struct Inner {
     sweeps: HashMap<Swept, EndedCursor>,
     /// Runs that are being removed.
     removals: BTreeSet<RunId>,
+    traffic: Option<StoredTraffic>,
+    audit: Vec<StoredAudit>,
     fault: Option<StoreError>,
     /// How often a verb met the fault.
     faults_met: u64,
@@ -393,6 +397,34 @@ impl Store for MemoryStore {
         inner.removals.remove(&id);
         inner.runs.remove(&id);
         Ok(Removed::Gone)
+    }
+
+    async fn traffic(&self) -> Result<Option<StoredTraffic>, StoreError> {
+        Ok(self.usable()?.traffic.clone())
+    }
+
+    async fn set_traffic(
+        &self,
+        expected: u64,
+        traffic: &Traffic,
+        entry: AuditEntry,
+    ) -> Result<TrafficSet, StoreError> {
+        let mut inner = self.usable()?;
+        let version = inner.traffic.as_ref().map_or(0, |stored| stored.version);
+        if version != expected {
+            return Ok(TrafficSet::Conflict { version });
+        }
+        let version = version + 1;
+        inner.traffic = Some(StoredTraffic { version, traffic: traffic.clone() });
+        let seq = u64::try_from(inner.audit.len()).unwrap_or(u64::MAX) + 1;
+        inner.audit.push(StoredAudit { seq, version, entry });
+        Ok(TrafficSet::Stored { version })
+    }
+
+    async fn audit(&self, before: Option<u64>, max: usize) -> Result<Vec<StoredAudit>, StoreError> {
+        let inner = self.usable()?;
+        let entries = inner.audit.iter().rev().filter(|entry| before.is_none_or(|before| entry.seq < before));
+        Ok(entries.take(max).cloned().collect())
     }
 
     async fn live_count(&self) -> Result<u64, StoreError> {

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::{
     backend::{Progress, ProgressSink},
-    id::RunId,
+    id::{BackendName, RunId},
     store::StoredEvent,
 };
 
@@ -19,6 +19,7 @@ const CACHED_EVENTS: usize = 64;
 /// What is kept for one live run, and for as long as somebody watches it.
 #[derive(Debug)]
 pub(super) struct LiveRun {
+    backend: BackendName,
     /// The newest events, consecutive. Saves each watcher a read of the store.
     cache: Mutex<VecDeque<StoredEvent>>,
     /// Number of the newest event.
@@ -35,8 +36,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl LiveRun {
-    pub(super) fn new(last_event: u64) -> Self {
+    pub(super) fn new(backend: BackendName, last_event: u64) -> Self {
         Self {
+            backend,
             cache: Mutex::default(),
             last_event: watch::Sender::new(last_event),
             progress: watch::Sender::new(None),
@@ -120,17 +122,22 @@ impl LiveRuns {
     }
 
     /// Adds a run. `None` where it is there already, that is, where it has a driver.
-    pub(super) fn add(&self, id: RunId, last_event: u64) -> Option<Arc<LiveRun>> {
+    pub(super) fn add(&self, id: RunId, backend: &BackendName, last_event: u64) -> Option<Arc<LiveRun>> {
         match lock(&self.runs).entry(id) {
             std::collections::hash_map::Entry::Occupied(_) => None,
             std::collections::hash_map::Entry::Vacant(entry) => {
-                Some(Arc::clone(entry.insert(Arc::new(LiveRun::new(last_event)))))
+                Some(Arc::clone(entry.insert(Arc::new(LiveRun::new(backend.clone(), last_event)))))
             }
         }
     }
 
     pub(super) fn remove(&self, id: RunId) {
         lock(&self.runs).remove(&id);
+    }
+
+    /// Number of those of one backend.
+    pub(super) fn of(&self, backend: &BackendName) -> usize {
+        lock(&self.runs).values().filter(|run| run.backend == *backend).count()
     }
 
     pub(super) fn len(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{id::BackendName, outcome::Cause, state::RunState};
+use crate::{id::BackendName, outcome::Cause, state::RunState, store::StoredTraffic};
 
 /// Takes measurements. Implementations MUST NOT block.
 #[allow(unused_variables, reason = "a meter takes what interests it")]
@@ -25,6 +25,10 @@ pub trait Meter: std::fmt::Debug + Send + Sync + 'static {
     fn live_runs(&self, count: usize) {}
     /// The reconciler removed a workload that no live run claims.
     fn orphan_removed(&self, backend: &BackendName) {}
+    /// The traffic has this state now.
+    fn traffic(&self, traffic: &StoredTraffic) {}
+    /// The traffic was changed. `action` is one of a fixed set.
+    fn traffic_changed(&self, action: &'static str) {}
     /// Stored rows that do not decode, at the last look.
     fn quarantined(&self, rows: usize) {}
 }

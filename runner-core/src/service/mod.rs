@@ -9,13 +9,18 @@ mod inputs;
 mod live;
 mod meter;
 mod reconcile;
+mod removal;
 mod retry;
-mod route;
 mod stream;
 mod sweep;
+mod traffic;
 mod watchdog;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use futures::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -27,6 +32,7 @@ pub use self::{
     meter::{Meter, NoMeter},
     stream::{InvalidCursor, StreamBody, StreamCursor, StreamItem, StreamOptions},
     sweep::{Retention, SweepReport},
+    traffic::{Explanation, TrafficChange},
 };
 use crate::{
     artifact::ArtifactStore,
@@ -41,10 +47,11 @@ use crate::{
     spec::RunSpec,
     state::RunState,
     store::{
-        Accepted, AttemptRecord, CancelIntent, EndedRun, LiveLimits, NewRun, PageCursor, Removed, RunEvent,
-        RunFilter, RunPage, RunRecord, Store, StoreError, StoredEvent, Timer,
+        Accepted, AttemptRecord, CancelIntent, LiveLimits, NewRun, PageCursor, RunEvent, RunFilter, RunPage,
+        RunRecord, Store, StoreError, StoredEvent, Timer,
     },
     task::{self, TaskKind},
+    traffic::{Decision, Drained, Policy},
 };
 
 /// Who calls, as the credentials say.
@@ -77,6 +84,8 @@ pub struct Parts {
     /// At least the default one. Names are unique.
     pub backends: Vec<Arc<dyn Backend>>,
     pub default_backend: BackendName,
+    /// Where new runs go, for a store that says nothing about it yet.
+    pub traffic: Option<Policy>,
     pub clock: Arc<dyn Clock>,
     pub ids: Arc<dyn IdGen>,
     pub limits: Limits,
@@ -101,6 +110,8 @@ pub struct Options {
     pub observe_patience: Duration,
     /// How long storing the outputs of a program that has ended may fail before the attempt ends as `OUTPUT`.
     pub publish_patience: Duration,
+    /// Time between two questions to each backend whether it takes work.
+    pub health_interval: Duration,
     /// Time between two keep-alives of a silent stream.
     pub keep_alive: Duration,
     /// How long what is kept.
@@ -117,6 +128,7 @@ impl Default for Options {
             ensure_tries: 6,
             observe_patience: Duration::from_secs(600),
             publish_patience: Duration::from_secs(600),
+            health_interval: Duration::from_secs(5),
             keep_alive: Duration::from_secs(15),
             retention: Retention::default(),
         }
@@ -138,6 +150,10 @@ pub struct BackendStatus {
     pub active: usize,
     /// Most attempts at once.
     pub slots: usize,
+    /// Runs that were accepted for it and have not ended.
+    pub live_runs: usize,
+    /// Why it takes no new runs, where an operator said so.
+    pub drained: Option<Drained>,
 }
 
 /// Whether the service can do its work.
@@ -154,6 +170,8 @@ struct BackendEntry {
     backend: Arc<dyn Backend>,
     slots: Arc<Semaphore>,
     size: usize,
+    /// Whether it answered when it was last asked. True before that.
+    healthy: AtomicBool,
 }
 
 /// What every part of the service shares.
@@ -162,6 +180,7 @@ struct Core {
     parts: Parts,
     backends: BTreeMap<BackendName, BackendEntry>,
     live: LiveRuns,
+    traffic: traffic::Desk,
     sweeps: sweep::Sweeps,
     stopping: CancellationToken,
     tasks: TaskTracker,
@@ -177,7 +196,7 @@ impl Core {
             );
             return;
         };
-        let Some(live) = self.live.add(record.id, record.last_event) else { return };
+        let Some(live) = self.live.add(record.id, &record.backend, record.last_event) else { return };
         if fresh {
             live.publish([StoredEvent {
                 seq: record.last_event,
@@ -245,8 +264,12 @@ impl RunService {
         let mut backends = BTreeMap::new();
         for backend in &parts.backends {
             let size = backend.slots().clamp(1, Semaphore::MAX_PERMITS);
-            let entry =
-                BackendEntry { backend: Arc::clone(backend), slots: Arc::new(Semaphore::new(size)), size };
+            let entry = BackendEntry {
+                backend: Arc::clone(backend),
+                slots: Arc::new(Semaphore::new(size)),
+                size,
+                healthy: AtomicBool::new(true),
+            };
             if backends.insert(backend.name().clone(), entry).is_some() {
                 return Err(precondition(
                     "DUPLICATE_BACKEND",
@@ -258,10 +281,13 @@ impl RunService {
             let message = format!("the default backend {} is not configured", parts.default_backend);
             return Err(precondition("UNKNOWN_BACKEND", message));
         }
+        let known = backends.keys().cloned().collect();
+        let traffic = traffic::Desk::open(&parts, known).await?;
         let core = Arc::new(Core {
             parts,
             backends,
             live: LiveRuns::default(),
+            traffic,
             sweeps: sweep::Sweeps::default(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -269,6 +295,10 @@ impl RunService {
         reconcile::adopt(&core).await?;
         let reconciler = core.tasks.track_future(reconcile::run(Arc::clone(&core)));
         task::spawn(TaskKind::Loop, "reconciler", reconciler);
+        let ramps = core.tasks.track_future(traffic::run(Arc::clone(&core)));
+        task::spawn(TaskKind::Loop, "ramps", ramps);
+        let health = core.tasks.track_future(traffic::watch_health(Arc::clone(&core)));
+        task::spawn(TaskKind::Loop, "health", health);
         let sweeper = core.tasks.track_future(sweep::run(Arc::clone(&core)));
         task::spawn(TaskKind::Loop, "sweeper", sweeper);
         Ok(Arc::new(Self { core }))
@@ -307,25 +337,27 @@ impl RunService {
         // Of what the caller sent, before anything is filled in.
         let digest = request.spec.digest();
         let RunRequest { mut spec, run_id, key } = request;
-        let new_run = |spec, backend, backend_reason| NewRun {
-            id: run_id.unwrap_or_else(|| parts.ids.run_id()),
+        let id = run_id.unwrap_or_else(|| parts.ids.run_id());
+        let new_run = |spec, backend, decision: Option<Decision>| NewRun {
+            id,
             tenant: caller.tenant.clone(),
             key: key.clone(),
             spec: Arc::new(spec),
             digest,
             backend,
-            backend_reason,
+            backend_reason: decision.as_ref().map(ToString::to_string).unwrap_or_default(),
+            decision,
             time: parts.clock.now(),
         };
-        let run = match self.place(caller, &mut spec).await {
-            Ok(choice) => {
-                let spec = parts.limits.apply(spec, &choice.backend.capabilities());
-                new_run(spec, choice.backend.name().clone(), choice.reason)
+        let run = match self.place(caller, id, &mut spec).await {
+            Ok((backend, decision)) => {
+                let spec = parts.limits.apply(spec, &backend.capabilities());
+                new_run(spec, decision.backend.clone(), Some(decision))
             }
             // What was accepted once is answered, though what it needed then may be gone by now. With no room, the store
             // makes nothing new.
             Err(error) => {
-                let run = new_run(spec, parts.default_backend.clone(), String::new());
+                let run = new_run(spec, parts.default_backend.clone(), None);
                 let nothing = LiveLimits { total: 0, per_tenant: 0 };
                 return match parts.store.accept(run, nothing).await? {
                     Accepted::Existing(record) => Ok((record, false)),
@@ -359,14 +391,14 @@ impl RunService {
     }
 
     /// Finds other runs' outputs that a valid spec names, and chooses where it goes.
-    async fn place(&self, caller: &Caller, spec: &mut RunSpec) -> Result<route::Choice, ServiceError> {
-        let parts = &self.core.parts;
-        inputs::find(parts, caller, spec).await?;
-        route::choose(
-            self.core.backends.iter().map(|(name, entry)| (name, &entry.backend)),
-            &parts.default_backend,
-            spec,
-        )
+    async fn place(
+        &self,
+        caller: &Caller,
+        id: RunId,
+        spec: &mut RunSpec,
+    ) -> Result<(Arc<dyn Backend>, Decision), ServiceError> {
+        inputs::find(&self.core.parts, caller, spec).await?;
+        self.core.route(&caller.tenant, id, spec)
     }
 
     /// A run of the caller's tenant.
@@ -464,50 +496,6 @@ impl RunService {
         Ok(self.core.parts.store.list(&filter, after, max.clamp(1, 1000)).await?)
     }
 
-    /// Removes a finished run: its rows, logs and artifacts. When this returns, nothing of it is stored.
-    ///
-    /// That it is being removed is durable first, so a sweep finishes what a crash interrupts.
-    ///
-    /// # Errors
-    /// `NotFound`; `FailedPrecondition` where the run is not terminal yet, its workload is still being removed, or a live run
-    /// has its outputs as an input; else the stores' failure: the call may be repeated, and the next sweep goes on by itself.
-    pub async fn delete(&self, caller: &Caller, id: RunId) -> Result<(), ServiceError> {
-        let record = self.find(caller, id).await?;
-        let Some(ended) = record.ended else {
-            return Err(precondition("RUN_NOT_ENDED", "the run has not ended; cancel it first".to_owned()));
-        };
-        // Its end is told before its workload is removed, which takes moments.
-        for _ in 0..100 {
-            if self.core.live.get(id).is_none() || !self.core.pause(Duration::from_millis(50)).await {
-                break;
-            }
-        }
-        if self.core.live.get(id).is_some() {
-            let message = "the run has ended, and what it ran is still being removed; try again".to_owned();
-            return Err(precondition("RUN_NOT_ENDED", message));
-        }
-        if sweep::is_input(&self.core, id).await? {
-            let message = "a run that has not ended has its outputs as an input".to_owned();
-            return Err(precondition("RUN_IN_USE", message));
-        }
-        let core = Arc::clone(&self.core);
-        let run = EndedRun { id, tenant: record.tenant, ended };
-        let removing = async move {
-            match sweep::remove(&core, &run).await {
-                // Another call, or the sweep, was faster.
-                Ok(Removed::Gone | Removed::Unknown) => Ok(()),
-                Ok(Removed::Live) => Err(precondition("RUN_NOT_ENDED", "the run has not ended".to_owned())),
-                Err(error) => Err(error.into()),
-            }
-        };
-        self.core.whole("delete", removing).await
-    }
-
-    /// Removes what is older than it is kept, now instead of at the next interval.
-    pub async fn sweep(&self) -> SweepReport {
-        sweep::pass(&self.core).await
-    }
-
     /// Replays a run from a cursor, then follows it. The terminal event is always the last.
     ///
     /// # Errors
@@ -575,6 +563,8 @@ impl RunService {
                 capabilities: entry.backend.capabilities(),
                 active: entry.size.saturating_sub(entry.slots.available_permits()),
                 slots: entry.size,
+                live_runs: self.core.live.of(name),
+                drained: self.core.traffic.current().traffic.drained.get(name).cloned(),
             }
         });
         futures::future::join_all(ask).await

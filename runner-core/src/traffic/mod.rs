@@ -13,7 +13,7 @@ mod state;
 pub use self::{
     policy::{MAX_RULES, Match, Policy, Rule, Target},
     ramp::{MAX_HOLD, MAX_STEPS, Ramp, RampOrder, RampStatus, RampStep},
-    route::{Asked, Candidate, DecidedBy, Decision, NoBackend, PassedOver, choose},
+    route::{Asked, Backends, Candidate, DecidedBy, Decision, NoBackend, PassedOver, choose},
     share::{InvalidShare, Share},
     split::{BUCKETS, Canary, Split, Sticky, bucket},
     state::{By, Change, ChangeError, Drained, Traffic},

@@ -10,11 +10,19 @@ use crate::{
     spec::{FieldViolation, InvalidSpec, RunSpec},
 };
 
+/// What is known of the backends when a run is admitted.
+pub trait Backends {
+    /// The backend of runs about which no policy says anything.
+    fn default_backend(&self) -> &BackendName;
+    /// What is known of one, as far as this spec goes. `None`: it is not configured.
+    fn candidate(&self, backend: &BackendName, spec: &RunSpec) -> Option<Candidate>;
+    /// All that are configured.
+    fn names(&self) -> impl Iterator<Item = &BackendName>;
+}
+
 /// What is known of a backend when a run is admitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
-    /// Which.
-    pub backend: BackendName,
     /// Whether it answered when it was last asked.
     pub healthy: bool,
     /// Whether an operator has drained it.
@@ -114,7 +122,8 @@ pub struct Asked<'a> {
     pub spec: &'a RunSpec,
 }
 
-/// Chooses. The spec's own backend wins; else the first rule that matches; else the policy's default; else `default`.
+/// Chooses. The spec's own backend wins; else the first rule that matches; else the policy's default; else the
+/// configuration's.
 ///
 /// Of a split's backends the one that has the run's bucket comes first, then the baseline, then the canaries. One that is drained,
 /// or cannot honour the spec, is passed over. One that does not answer is passed over where another does; where none
@@ -125,11 +134,10 @@ pub struct Asked<'a> {
 pub fn choose(
     policy: &Policy,
     version: u64,
-    default: &BackendName,
-    candidates: &[Candidate],
+    backends: &impl Backends,
     asked: Asked<'_>,
 ) -> Result<Decision, NoBackend> {
-    let (by, target) = decider(policy, default, asked);
+    let (by, target) = decider(policy, backends, asked);
     let (order, bucket): (Vec<&BackendName>, _) = match &target {
         Target::Backend(backend) => (vec![backend], None),
         Target::Split(split) => {
@@ -139,13 +147,14 @@ pub fn choose(
             (std::iter::once(first).chain(rest).collect(), Some(bucket))
         }
     };
-    let standing: Vec<Standing<'_>> = order.into_iter().map(|name| Standing::of(name, candidates)).collect();
+    let standing: Vec<Standing<'_>> =
+        order.into_iter().map(|name| Standing::of(name, backends, asked.spec)).collect();
     let open = |standing: &Standing<'_>| standing.out.is_none();
     let answers = |standing: &Standing<'_>| {
-        open(standing) && standing.candidate.is_some_and(|candidate| candidate.healthy)
+        open(standing) && standing.candidate.as_ref().is_some_and(|candidate| candidate.healthy)
     };
     let Some(at) = standing.iter().position(answers).or_else(|| standing.iter().position(open)) else {
-        return Err(none(&by, candidates, &standing));
+        return Err(none(&by, backends, &standing));
     };
     let why = |before: &Standing<'_>| (before.name.clone(), before.out.unwrap_or(PassedOver::Unhealthy));
     let passed_over = standing[..at].iter().map(why).collect();
@@ -155,15 +164,15 @@ pub fn choose(
 /// A backend that comes into question.
 struct Standing<'a> {
     name: &'a BackendName,
-    candidate: Option<&'a Candidate>,
+    candidate: Option<Candidate>,
     /// Why it cannot take the run, whatever the others do.
     out: Option<PassedOver>,
 }
 
 impl<'a> Standing<'a> {
-    fn of(name: &'a BackendName, candidates: &'a [Candidate]) -> Self {
-        let candidate = candidates.iter().find(|candidate| candidate.backend == *name);
-        let out = match candidate {
+    fn of(name: &'a BackendName, backends: &impl Backends, spec: &RunSpec) -> Self {
+        let candidate = backends.candidate(name, spec);
+        let out = match &candidate {
             None => Some(PassedOver::Unknown),
             Some(candidate) if !candidate.lacks.is_empty() => Some(PassedOver::Incapable),
             Some(candidate) if candidate.drained => Some(PassedOver::Drained),
@@ -172,12 +181,12 @@ impl<'a> Standing<'a> {
         Self { name, candidate, out }
     }
 
-    fn lacks(&self) -> &'a [FieldViolation] {
-        self.candidate.map_or(&[], |candidate| candidate.lacks.as_slice())
+    fn lacks(&self) -> &[FieldViolation] {
+        self.candidate.as_ref().map_or(&[], |candidate| candidate.lacks.as_slice())
     }
 }
 
-fn decider(policy: &Policy, default: &BackendName, asked: Asked<'_>) -> (DecidedBy, Target) {
+fn decider(policy: &Policy, backends: &impl Backends, asked: Asked<'_>) -> (DecidedBy, Target) {
     if let Some(backend) = &asked.spec.routing.backend {
         return (DecidedBy::Spec, Target::Backend(backend.clone()));
     }
@@ -185,14 +194,14 @@ fn decider(policy: &Policy, default: &BackendName, asked: Asked<'_>) -> (Decided
     match (rule, &policy.default) {
         (Some(rule), _) => (DecidedBy::Rule(rule.name.clone()), rule.to.clone()),
         (None, Some(target)) => (DecidedBy::Default, target.clone()),
-        (None, None) => (DecidedBy::Configuration, Target::Backend(default.clone())),
+        (None, None) => (DecidedBy::Configuration, Target::Backend(backends.default_backend().clone())),
     }
 }
 
 /// None of `standing` takes the run.
-fn none(by: &DecidedBy, candidates: &[Candidate], standing: &[Standing<'_>]) -> NoBackend {
+fn none(by: &DecidedBy, backends: &impl Backends, standing: &[Standing<'_>]) -> NoBackend {
     if let (DecidedBy::Spec, [Standing { name, candidate: None, .. }]) = (by, standing) {
-        let known: Vec<&str> = candidates.iter().map(|candidate| candidate.backend.as_str()).collect();
+        let known: Vec<&str> = backends.names().map(BackendName::as_str).collect();
         let what = format!("there is no backend {:?}; there are {known:?}", name.as_str());
         let violation = FieldViolation::new("spec.routing.backend", "INVALID", what);
         return NoBackend::Incapable(InvalidSpec(vec![violation]));

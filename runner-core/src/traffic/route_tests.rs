@@ -7,21 +7,40 @@ fn name(name: &str) -> BackendName {
     name.parse().unwrap()
 }
 
-fn open(backend: &str) -> Candidate {
-    Candidate { backend: name(backend), healthy: true, drained: false, lacks: Vec::new() }
+type Known = (BackendName, Candidate);
+
+/// The default is `dind`.
+struct Configured<'a>(&'a [Known], BackendName);
+
+impl Backends for Configured<'_> {
+    fn default_backend(&self) -> &BackendName {
+        &self.1
+    }
+
+    fn candidate(&self, backend: &BackendName, _: &RunSpec) -> Option<Candidate> {
+        self.0.iter().find(|(name, _)| name == backend).map(|(_, candidate)| candidate.clone())
+    }
+
+    fn names(&self) -> impl Iterator<Item = &BackendName> {
+        self.0.iter().map(|(name, _)| name)
+    }
 }
 
-fn incapable(backend: &str) -> Candidate {
+fn open(backend: &str) -> Known {
+    (name(backend), Candidate { healthy: true, drained: false, lacks: Vec::new() })
+}
+
+fn incapable(backend: &str) -> Known {
     let lacks = vec![FieldViolation::new("spec.resources.gpus", "UNSUPPORTED", "no GPUs")];
-    Candidate { lacks, ..open(backend) }
+    (name(backend), Candidate { lacks, ..open(backend).1 })
 }
 
-fn unhealthy(backend: &str) -> Candidate {
-    Candidate { healthy: false, ..open(backend) }
+fn unhealthy(backend: &str) -> Known {
+    (name(backend), Candidate { healthy: false, ..open(backend).1 })
 }
 
-fn drained(backend: &str) -> Candidate {
-    Candidate { drained: true, ..open(backend) }
+fn drained(backend: &str) -> Known {
+    (name(backend), Candidate { drained: true, ..open(backend).1 })
 }
 
 /// All keys to the canary `k8s`.
@@ -30,13 +49,13 @@ fn all_to_the_canary() -> Policy {
     serde_json::from_value(json!({ "default": { "split": split } })).unwrap()
 }
 
-fn place(policy: &Policy, candidates: &[Candidate], spec: &RunSpec) -> Result<Decision, NoBackend> {
+fn place(policy: &Policy, candidates: &[Known], spec: &RunSpec) -> Result<Decision, NoBackend> {
     let tenant: TenantId = "a".parse().unwrap();
     let asked = Asked { tenant: &tenant, run: RunId::new(Uuid::from_u128(1)), spec };
-    choose(policy, 7, &name("dind"), candidates, asked)
+    choose(policy, 7, &Configured(candidates, name("dind")), asked)
 }
 
-fn placed(policy: &Policy, candidates: &[Candidate], spec: &RunSpec) -> (String, String) {
+fn placed(policy: &Policy, candidates: &[Known], spec: &RunSpec) -> (String, String) {
     let decision = place(policy, candidates, spec).unwrap();
     (decision.backend.to_string(), decision.to_string())
 }

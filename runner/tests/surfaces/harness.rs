@@ -92,6 +92,7 @@ impl Harness {
             artifacts: artifacts.clone(),
             backends: vec![Arc::new(FakeBackend::over(name.clone(), FakeSubstrate::new()))],
             default_backend: name,
+            traffic: None,
             clock: as_clock.clone(),
             ids: ids.clone(),
             limits: Limits::from(&config.limits),

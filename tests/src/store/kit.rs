@@ -68,6 +68,7 @@ pub fn with_spec(n: u128, spec: RunSpec) -> NewRun {
         spec: Arc::new(spec),
         backend: backend("local"),
         backend_reason: "the default".to_owned(),
+        decision: None,
         time: at(u64::try_from(n).expect("a small number")),
     }
 }

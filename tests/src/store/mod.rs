@@ -12,6 +12,7 @@ pub mod list;
 pub mod model;
 pub mod quarantine;
 pub mod retention;
+pub mod traffic;
 pub mod transition;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -124,6 +125,14 @@ macro_rules! store_cases {
                 a_row_that_does_not_decode_fails_only_its_own_verbs,
                 live_reports_what_does_not_decode_and_goes_on,
                 listings_leave_out_what_does_not_decode,
+            }
+            traffic {
+                a_state_is_read_back_as_it_was_stored,
+                over_another_version_nothing_is_stored,
+                of_several_at_once_one_is_stored,
+                the_audit_log_is_read_from_the_newest_in_pages,
+                state_and_audit_log_survive_a_reopen,
+                what_decided_for_a_run_is_read_back,
             }
             retention {
                 ended_runs_come_in_the_order_of_their_ends,

@@ -65,6 +65,7 @@ impl World {
             artifacts,
             backends: vec![Arc::new(backend)],
             default_backend: "fake".parse()?,
+            traffic: None,
             clock,
             ids,
             limits: Limits { live_runs: u64::MAX, live_runs_per_tenant: u64::MAX, ..Limits::default() },
@@ -90,6 +91,7 @@ impl World {
                 digest: spec.digest(),
                 backend: "fake".parse().map_err(Fault::from)?,
                 backend_reason: "the default backend".to_owned(),
+                decision: None,
                 time,
             };
             Ok::<_, Fault>((id, run, time))
