@@ -10,7 +10,9 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::{Registry, Unit},
 };
-use runner_core::{id::BackendName, outcome::Cause, service::Meter, state::RunState};
+use runner_core::{
+    id::BackendName, outcome::Cause, service::Meter, state::RunState, store::StoredTraffic, traffic::Target,
+};
 
 /// (name without its suffix, what it means). The library adds `_total` to counters and the unit to the rest.
 #[allow(missing_docs, reason = "each says what it means")]
@@ -27,6 +29,14 @@ pub mod name {
     pub const LIVE_RUNS: (&str, &str) = ("runner_live_runs", "Runs that are not in a terminal state");
     pub const ORPHANS: (&str, &str) =
         ("runner_orphans_removed", "Workloads that no live run claimed and that were removed");
+    pub const TRAFFIC_VERSION: (&str, &str) =
+        ("runner_traffic_version", "Version of the state that decides where new runs go");
+    pub const TRAFFIC_SHARE: (&str, &str) =
+        ("runner_traffic_share", "Share of each backend in the policy's default, from 0 to 1");
+    pub const TRAFFIC_DRAINED: (&str, &str) =
+        ("runner_traffic_drained", "1 for each backend that takes no new runs");
+    pub const TRAFFIC_CHANGES: (&str, &str) =
+        ("runner_traffic_changes", "Changes of where new runs go, by action");
     pub const QUARANTINED: (&str, &str) = ("runner_quarantined_rows", "Stored rows that do not decode");
     pub const CONNECTIONS: (&str, &str) = ("runner_connections", "Open connections, by listener");
     pub const BLOB_REQUESTS: (&str, &str) = ("runner_blob_requests", "Requests of the blob endpoint");
@@ -85,6 +95,11 @@ struct ByDirection {
     direction: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByAction {
+    action: &'static str,
+}
+
 type CountBy<L> = Family<L, Counter<u64, AtomicU64>>;
 type HistogramBy<L> = Family<L, Histogram, fn() -> Histogram>;
 
@@ -106,6 +121,10 @@ pub struct Metrics {
     watchers: Gauge<i64, AtomicI64>,
     live_runs: Gauge<i64, AtomicI64>,
     orphans: CountBy<ByBackend>,
+    traffic_version: Gauge<i64, AtomicI64>,
+    traffic_share: Family<ByBackend, Gauge<f64, AtomicU64>>,
+    traffic_drained: Family<ByBackend, Gauge<i64, AtomicI64>>,
+    traffic_changes: CountBy<ByAction>,
     quarantined: Gauge<i64, AtomicI64>,
     connections: Family<ByListener, Gauge<i64, AtomicI64>>,
     blob_requests: CountBy<ByRequest>,
@@ -127,6 +146,10 @@ impl Metrics {
             watchers: Gauge::default(),
             live_runs: Gauge::default(),
             orphans: Family::default(),
+            traffic_version: Gauge::default(),
+            traffic_share: Family::default(),
+            traffic_drained: Family::default(),
+            traffic_changes: Family::default(),
             quarantined: Gauge::default(),
             connections: Family::default(),
             blob_requests: Family::default(),
@@ -140,6 +163,10 @@ impl Metrics {
         to.register(name::WATCHERS.0, name::WATCHERS.1, metrics.watchers.clone());
         to.register(name::LIVE_RUNS.0, name::LIVE_RUNS.1, metrics.live_runs.clone());
         to.register(name::ORPHANS.0, name::ORPHANS.1, metrics.orphans.clone());
+        to.register(name::TRAFFIC_VERSION.0, name::TRAFFIC_VERSION.1, metrics.traffic_version.clone());
+        to.register(name::TRAFFIC_SHARE.0, name::TRAFFIC_SHARE.1, metrics.traffic_share.clone());
+        to.register(name::TRAFFIC_DRAINED.0, name::TRAFFIC_DRAINED.1, metrics.traffic_drained.clone());
+        to.register(name::TRAFFIC_CHANGES.0, name::TRAFFIC_CHANGES.1, metrics.traffic_changes.clone());
         to.register(name::QUARANTINED.0, name::QUARANTINED.1, metrics.quarantined.clone());
         to.register(name::CONNECTIONS.0, name::CONNECTIONS.1, metrics.connections.clone());
         to.register(name::BLOB_REQUESTS.0, name::BLOB_REQUESTS.1, metrics.blob_requests.clone());
@@ -234,6 +261,32 @@ impl Meter for Metrics {
         self.orphans.get_or_create(&ByBackend { backend: backend.to_string() }).inc();
     }
 
+    fn traffic(&self, stored: &StoredTraffic) {
+        let by = |backend: &BackendName| ByBackend { backend: backend.to_string() };
+        self.traffic_version.set(i64::try_from(stored.version).unwrap_or(i64::MAX));
+        self.traffic_share.clear();
+        match &stored.traffic.policy.default {
+            None => {}
+            Some(Target::Backend(backend)) => {
+                self.traffic_share.get_or_create(&by(backend)).set(1.0);
+            }
+            Some(Target::Split(split)) => {
+                for backend in split.backends() {
+                    let share = split.share(backend).unwrap_or_default().percent() / 100.0;
+                    self.traffic_share.get_or_create(&by(backend)).set(share);
+                }
+            }
+        }
+        self.traffic_drained.clear();
+        for backend in stored.traffic.drained.keys() {
+            self.traffic_drained.get_or_create(&by(backend)).set(1);
+        }
+    }
+
+    fn traffic_changed(&self, action: &'static str) {
+        self.traffic_changes.get_or_create(&ByAction { action }).inc();
+    }
+
     fn quarantined(&self, rows: usize) {
         self.quarantined.set(gauge(rows));
     }
@@ -258,6 +311,10 @@ mod tests {
         metrics.live_runs(5);
         metrics.orphan_removed(&backend);
         metrics.quarantined(1);
+        metrics.traffic_changed("backend.drain");
+        let split = r#"{"policy":{"default":{"split":{"baseline":"local","canaries":[{"backend":"k8s","percent":25}]}}},
+            "drained":{"local":{"since":0,"by":"x","reason":"y"}}}"#;
+        metrics.traffic(&StoredTraffic { version: 7, traffic: serde_json::from_str(split).unwrap() });
         metrics.connections("api", 1);
         metrics.blob_request("GET", 200);
         metrics.blob_bytes("out", 9);
@@ -274,6 +331,11 @@ mod tests {
             "runner_live_runs 5",
             r#"runner_orphans_removed_total{backend="local"} 1"#,
             "runner_quarantined_rows 1",
+            "runner_traffic_version 7",
+            r#"runner_traffic_share{backend="local"} 0.75"#,
+            r#"runner_traffic_share{backend="k8s"} 0.25"#,
+            r#"runner_traffic_drained{backend="local"} 1"#,
+            r#"runner_traffic_changes_total{action="backend.drain"} 1"#,
             r#"runner_connections{listener="api"} 1"#,
             r#"runner_blob_requests_total{method="GET",status="200"} 1"#,
             r#"runner_blob_bytes_total{direction="out"} 9"#,

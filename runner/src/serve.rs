@@ -182,6 +182,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         artifacts: Arc::clone(&artifacts),
         backends,
         default_backend: config.default_backend.clone(),
+        traffic: config.traffic.clone(),
         clock: Arc::clone(&clock),
         ids: Arc::clone(&ids),
         limits: config.run_limits(),

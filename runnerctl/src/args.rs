@@ -5,7 +5,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use worker_client::proto::RunState;
 
-use crate::value::{self, DetachKeys, EnvVar, ExtractArg, Format, InputArg, KeyValue, NetworkArg, OutputArg};
+use crate::value::{
+    self, DetachKeys, EnvVar, ExtractArg, Format, InputArg, KeyValue, NetworkArg, OutputArg, StepArg,
+};
 
 /// Runs workloads, follows them, and takes their results.
 #[derive(Debug, Parser)]
@@ -54,9 +56,14 @@ pub(crate) enum Command {
     /// Uploads, downloads, lists and deletes files that runs take and store.
     #[command(subcommand)]
     Artifact(ArtifactCommand),
-    /// Shows the service's backends.
+    /// Shows the service's backends, and drains them.
     #[command(subcommand)]
     Backend(BackendCommand),
+    /// Shows and changes where new runs go. For operators.
+    #[command(subcommand)]
+    Traffic(TrafficCommand),
+    /// Shows who changed where new runs go, newest first.
+    Audit(AuditArgs),
     /// Writes a completion script for a shell.
     Completion(CompletionArgs),
 }
@@ -329,6 +336,130 @@ pub(crate) enum BackendCommand {
     /// Lists the backends with their health and capabilities.
     #[command(visible_alias = "ls")]
     List(BackendListArgs),
+    /// Lets a backend take no new runs. Those that it has finish there.
+    Drain(DrainArgs),
+    /// Lets it take runs again.
+    Undrain(UndrainArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
+    /// The backend's name.
+    #[arg(value_name = "NAME")]
+    pub(crate) backend: String,
+    /// Returns when it has no runs left. Where it is drained already, it only waits.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UndrainArgs {
+    /// The backend's name.
+    #[arg(value_name = "NAME")]
+    pub(crate) backend: String,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
+}
+
+/// What every change has.
+#[derive(Debug, Args)]
+pub(crate) struct ChangeArgs {
+    /// Why, for those who read the audit log.
+    #[arg(long, short = 'r', value_name = "TEXT", required = true)]
+    pub(crate) reason: String,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TrafficCommand {
+    /// Shows the policy, what is drained, and the ramp.
+    Get(GetTrafficArgs),
+    /// Replaces the policy. Counts for the next run that is admitted.
+    Set(SetTrafficArgs),
+    /// Lets a canary's share grow step by step.
+    Ramp(RampArgs),
+    /// Keeps the ramp at its step.
+    Pause(ChangeArgs),
+    /// Lets a paused ramp go on.
+    Resume(ChangeArgs),
+    /// Ends the ramp. The canary gets the share that it had before.
+    Abort(ChangeArgs),
+    /// Takes all new runs from the canaries, and ends a ramp.
+    Rollback(RollbackArgs),
+    /// Says where a run with these flags would go, and why, without running it.
+    Explain(Box<ExplainArgs>),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GetTrafficArgs {
+    /// Writes the policy alone, as `traffic set` takes it.
+    #[arg(long)]
+    pub(crate) policy: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SetTrafficArgs {
+    /// The policy, in YAML or JSON. `-`: from standard input.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: std::path::PathBuf,
+    /// Changes nothing where the traffic is at another version than this.
+    #[arg(long, value_name = "N")]
+    pub(crate) expected_version: Option<u64>,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RampArgs {
+    /// The canary.
+    #[arg(value_name = "BACKEND")]
+    pub(crate) backend: String,
+    /// A share and how long it is held, as `5%:10m`. May be repeated: in this order.
+    #[arg(long, value_name = "PERCENT:DURATION", required = true)]
+    pub(crate) step: Vec<StepArg>,
+    /// The rule whose split it changes. Default: the policy's default.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rule: Option<String>,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RollbackArgs {
+    /// Takes new runs from this canary only.
+    #[arg(long, short = 'b', value_name = "NAME")]
+    pub(crate) backend: Option<String>,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// The id that the run would have.
+    #[arg(long, value_name = "RUN")]
+    pub(crate) run_id: Option<String>,
+    /// The key that keeps runs on one side of a split.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) sticky_key: Option<String>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AuditArgs {
+    /// Entries before this number.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) before: Option<u64>,
+    /// Largest number of entries that are shown, up to 1000.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) limit: u32,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
 }
 
 #[derive(Debug, Args)]

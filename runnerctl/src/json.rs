@@ -53,6 +53,7 @@ pub(crate) fn run(run: &proto::Run) -> Value {
         ("state", json!(human::state(run.state()))),
         ("backend", json!(run.backend)),
         ("backend_reason", json!(run.backend_reason)),
+        ("decision", run.decision.as_ref().map_or(Value::Null, decision)),
         ("attempt", json!(run.attempt)),
         ("cancel_requested", json!(run.cancel_requested)),
         ("create_time", time(run.create_time.as_ref())),
@@ -250,6 +251,95 @@ pub(crate) fn backend(backend: &proto::Backend) -> Value {
         ("capabilities", capabilities),
         ("active_attempts", json!(backend.active_attempts)),
         ("max_attempts", json!(backend.max_attempts)),
+        ("live_runs", json!(backend.live_runs)),
+        ("drained", backend.drained.as_ref().map_or(Value::Null, drained)),
+    ])
+}
+
+fn drained(drained: &proto::Drained) -> Value {
+    object([
+        ("since", time(drained.since.as_ref())),
+        ("by", json!(drained.by)),
+        ("reason", json!(drained.reason)),
+    ])
+}
+
+/// A share, in percents.
+fn percent(hundredths: u32) -> Value {
+    json!(f64::from(hundredths) / 100.0)
+}
+
+/// How far a ramp is.
+pub(crate) fn ramp_status(ramp: &proto::Ramp) -> &'static str {
+    ramp.status().as_str_name().strip_prefix("STATUS_").unwrap_or_default()
+}
+
+fn ramp(ramp: &proto::Ramp) -> Value {
+    let step = |step: &proto::RampStep| {
+        object([("percent", percent(step.share)), ("hold", duration(step.hold.as_ref()))])
+    };
+    object([
+        ("rule", json!(ramp.rule)),
+        ("backend", json!(ramp.backend)),
+        ("steps", Value::Array(ramp.steps.iter().map(step).collect())),
+        ("step", json!(ramp.step)),
+        ("status", json!(ramp_status(ramp))),
+        ("next_step_time", time(ramp.next_step_time.as_ref())),
+        ("percent", percent(ramp.share)),
+    ])
+}
+
+/// Where new runs go. `policy` is the traffic's own, read.
+pub(crate) fn traffic(traffic: &proto::Traffic, policy: Value) -> Value {
+    let backends = traffic.drained.iter().map(|(name, why)| (name.clone(), drained(why)));
+    object([
+        ("version", json!(traffic.version)),
+        ("policy", policy),
+        ("drained", Value::Object(backends.collect())),
+        ("ramp", traffic.ramp.as_ref().map_or(Value::Null, ramp)),
+    ])
+}
+
+fn decision(decision: &proto::RoutingDecision) -> Value {
+    object([
+        ("backend", json!(decision.backend)),
+        ("version", json!(decision.version)),
+        ("by", json!(decision.by().as_str_name().strip_prefix("BY_").unwrap_or_default())),
+        ("rule", json!(decision.rule)),
+        ("bucket", json!(decision.bucket)),
+        ("passed_over", json!(decision.passed_over)),
+    ])
+}
+
+/// Where a run would go.
+pub(crate) fn explanation(explained: &proto::ExplainRoutingResponse) -> Value {
+    let lack =
+        |lack: &proto::Lack| object([("field", json!(lack.field)), ("description", json!(lack.description))]);
+    let candidate = |candidate: &proto::Candidate| {
+        object([
+            ("backend", json!(candidate.backend)),
+            ("healthy", json!(candidate.healthy)),
+            ("drained", json!(candidate.drained)),
+            ("lacks", Value::Array(candidate.lacks.iter().map(lack).collect())),
+        ])
+    };
+    object([
+        ("decision", explained.decision.as_ref().map_or(Value::Null, decision)),
+        ("reason", json!(explained.reason)),
+        ("candidates", Value::Array(explained.candidates.iter().map(candidate).collect())),
+    ])
+}
+
+/// An entry of the audit log.
+pub(crate) fn audit(entry: &proto::AuditEntry) -> Value {
+    object([
+        ("number", json!(entry.number)),
+        ("time", time(entry.time.as_ref())),
+        ("actor", json!(entry.actor)),
+        ("action", json!(entry.action)),
+        ("what", json!(entry.what)),
+        ("reason", json!(entry.reason)),
+        ("version", json!(entry.version)),
     ])
 }
 

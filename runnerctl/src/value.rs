@@ -238,6 +238,35 @@ pub(crate) fn duration(s: &str) -> Result<Duration, String> {
     humantime::parse_duration(s).map_err(|e| format!("{e}; for example 30s or 1h30m"))
 }
 
+/// A step of a ramp: `5%:10m`, `0.25%:1h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StepArg {
+    /// The share, in hundredths of a percent.
+    pub(crate) hundredths: u16,
+    /// How long it is held.
+    pub(crate) hold: Duration,
+}
+
+impl FromStr for StepArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        const RULE: &str = "must be a share and how long it is held, for example 5%:10m";
+        let (share, hold) = s.split_once(':').ok_or(RULE)?;
+        let share = share.strip_suffix('%').unwrap_or(share);
+        let (whole, part) = share.split_once('.').unwrap_or((share, ""));
+        let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        if whole.is_empty() || whole.len() > 3 || part.len() > 2 || !digits(whole) || !digits(part) {
+            return Err(format!("{RULE}; the share has at most two decimals"));
+        }
+        let hundredths = format!("{whole}{part:0<2}").parse().map_err(|_| RULE)?;
+        if hundredths > 10_000 {
+            return Err(format!("{RULE}; the share is at most 100%"));
+        }
+        Ok(Self { hundredths, hold: duration(hold)? })
+    }
+}
+
 /// The keys that leave a terminal: `ctrl-p,ctrl-q`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DetachKeys(pub(crate) Vec<u8>);
@@ -333,6 +362,24 @@ mod tests {
             assert_eq!(text.parse::<ExtractArg>().map(|arg| arg.format), Ok(format), "{text}");
         }
         assert!("a.rar:/inputs/x".parse::<ExtractArg>().is_err());
+    }
+
+    #[test]
+    fn a_step_is_a_share_and_a_time() {
+        let step = |text: &str| text.parse::<StepArg>().map(|step| (step.hundredths, step.hold.as_secs()));
+        for (text, expected) in [
+            ("5%:10m", (500, 600)),
+            ("0.25%:1h", (25, 3600)),
+            ("0.5:1s", (50, 1)),
+            ("100%:1d", (10_000, 86_400)),
+            ("0%:0s", (0, 0)),
+        ] {
+            assert_eq!(step(text), Ok(expected), "{text}");
+        }
+        for bad in ["", "5%", "5%:", ":1m", "100.01%:1m", "0.001%:1m", "-1%:1m", "1e1%:1m", ".5%:1m", "5%:x"]
+        {
+            assert!(step(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

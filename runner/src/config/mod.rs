@@ -19,7 +19,7 @@ use std::{
 
 use backend_dind::DindConfig;
 use backend_local::LocalConfig;
-use runner_core::{id::BackendName, limits::Limits};
+use runner_core::{id::BackendName, limits::Limits, traffic::Policy};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +59,10 @@ pub struct Config {
     /// The backend of runs that name none.
     #[schemars(with = "String", example = &"local")]
     pub default_backend: BackendName,
+    /// Where new runs go, at the first start: from then on the store says so, and `runnerctl traffic` changes it. As in docs/cutover.md.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
+    pub traffic: Option<Policy>,
     /// The backends. A list replaces the one of the layer before, whole.
     pub backends: Vec<BackendConfig>,
     /// Where artifacts and logs are kept.
@@ -199,6 +203,7 @@ impl Default for Config {
             ops_listen: SocketAddr::from(([127, 0, 0, 1], 7601)),
             agent_listen: None,
             default_backend: local.name.clone(),
+            traffic: None,
             backends: vec![BackendConfig::Local(local)],
             object_store: ObjectStoreConfig::default(),
             log: LogConfig { format: LogFormat::Human, filter: "info".to_owned() },
@@ -276,6 +281,13 @@ impl Config {
         if !self.backends.iter().any(|backend| *backend.name() == self.default_backend) {
             let known: Vec<&str> = self.backends.iter().map(|backend| backend.name().as_str()).collect();
             add("default_backend", format!("no backend has this name; there are {}", known.join(", ")));
+        }
+        if let Some(policy) = &self.traffic {
+            let known = self.backends.iter().map(|backend| backend.name().clone()).collect();
+            let bad = policy.validate(&known).err().map(|invalid| invalid.0).unwrap_or_default();
+            for violation in bad {
+                add(&format!("traffic.{}", violation.field), violation.description);
+            }
         }
         for (key, message) in self.object_store.faults() {
             add(&format!("object_store.{key}"), message);

@@ -3,11 +3,11 @@
 use runner_core::{capability::Capabilities, service::BackendStatus};
 use runner_proto::v1;
 
-use super::Wire;
+use super::{Wire, traffic};
 
 impl From<&BackendStatus> for Wire<v1::Backend> {
     fn from(backend: &BackendStatus) -> Self {
-        let BackendStatus { name, kind, health, capabilities, active, slots } = backend;
+        let BackendStatus { name, kind, health, capabilities, active, slots, live_runs, drained } = backend;
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         Self(v1::Backend {
             name: name.to_string(),
@@ -17,6 +17,8 @@ impl From<&BackendStatus> for Wire<v1::Backend> {
             capabilities: Some(capabilities_to_wire(capabilities)),
             active_attempts: count(*active),
             max_attempts: count(*slots),
+            live_runs: count(*live_runs),
+            drained: drained.as_ref().map(traffic::drained),
         })
     }
 }

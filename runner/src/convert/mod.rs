@@ -10,6 +10,7 @@ pub mod request;
 pub mod run;
 pub mod spec;
 pub mod stream;
+pub mod traffic;
 
 use std::time::Duration;
 

@@ -24,6 +24,7 @@ impl From<&RunRecord> for Wire<v1::Run> {
             outcome: run.outcome.as_ref().map(|outcome| Wire::from(outcome).0),
             attempts: Vec::new(),
             labels: map(&run.spec.labels),
+            decision: run.decision.as_ref().map(|decision| Wire::from(decision).0),
         })
     }
 }

@@ -7,3 +7,4 @@ mod http;
 mod ops;
 mod process;
 mod resume;
+mod traffic;

@@ -22,12 +22,17 @@ pub(super) async fn execute(service: &Service, format: Format) -> Result<Exit, F
                 backend.name.clone(),
                 backend.kind.clone(),
                 if backend.healthy { "healthy" } else { "UNHEALTHY" }.to_owned(),
+                if backend.drained.is_some() { "drained" } else { "yes" }.to_owned(),
+                backend.live_runs.to_string(),
                 format!("{}/{}", backend.active_attempts, backend.max_attempts),
                 human::visible(&backend.detail),
                 has.join(" "),
             ]
         })
         .collect();
-    output::data(&table::render(&["NAME", "KIND", "HEALTH", "ACTIVE", "DETAIL", "CAPABILITIES"], &rows))?;
+    output::data(&table::render(
+        &["NAME", "KIND", "HEALTH", "TAKES RUNS", "RUNS", "ACTIVE", "DETAIL", "CAPABILITIES"],
+        &rows,
+    ))?;
     Ok(Exit::OK)
 }

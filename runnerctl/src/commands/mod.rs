@@ -10,6 +10,7 @@ mod get;
 mod list;
 mod logs;
 mod run;
+mod traffic;
 
 use worker_client::{Client, ClientError};
 
@@ -78,6 +79,22 @@ pub(crate) async fn execute(cli: Cli) -> Result<Exit, Failure> {
         }
         Command::Backend(BackendCommand::List(args)) => {
             backend::execute(&Service::connect(endpoint).await?, format(args.format)).await
+        }
+        Command::Backend(BackendCommand::Drain(args)) => {
+            let format = format(args.change.format);
+            traffic::drain(&Service::connect(endpoint).await?, args, format).await
+        }
+        Command::Backend(BackendCommand::Undrain(args)) => {
+            let format = format(args.change.format);
+            traffic::undrain(&Service::connect(endpoint).await?, args, format).await
+        }
+        Command::Traffic(command) => {
+            let format = |own: Option<Format>| own.or(outer).unwrap_or_default();
+            traffic::execute(&Service::connect(endpoint).await?, command, format).await
+        }
+        Command::Audit(args) => {
+            let format = format(args.format);
+            traffic::audit(&Service::connect(endpoint).await?, args, format).await
         }
         Command::Completion(args) => completion::execute(args.shell),
     }

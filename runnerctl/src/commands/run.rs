@@ -93,6 +93,11 @@ fn interrupted(what: &str) -> Exit {
     Exit::INTERRUPTED
 }
 
+/// The spec that the flags make, without its inputs.
+pub(super) fn spec(args: RunArgs) -> RunSpec {
+    plan(args).0
+}
+
 /// The spec without its inputs, which have to be uploaded first.
 fn plan(args: RunArgs) -> (RunSpec, Plan) {
     let mut spec = RunSpec::command(args.command);
