@@ -14,7 +14,7 @@ use runner_core::{
     limits::Limits,
     service::{Caller, NoMeter, Options, Parts, RunRequest, RunService, ServiceError, TrafficChange},
     spec::RunSpec,
-    store::{RunRecord, StoredTraffic},
+    store::{RunFilter, RunRecord, StoredTraffic},
     traffic::{
         Canary, Change, DecidedBy, PassedOver, Policy, RampOrder, RampStatus, RampStep, Share, Split, Sticky,
         Target,
@@ -190,6 +190,34 @@ async fn a_drained_backend_finishes_what_it_has_and_takes_nothing_new() {
     assert_eq!(refusal(run(&service, &["exit", "0"]).await), "NO_BACKEND");
     change(&service, Change::Undrain(name("old"))).await.unwrap();
     assert_eq!(run(&service, &["exit", "0"]).await.unwrap().backend, name("old"));
+    service.shutdown().await;
+}
+
+/// Also those that had chosen it before.
+#[tokio::test(flavor = "multi_thread")]
+async fn once_a_drain_has_answered_no_run_comes_to_its_backend() {
+    let service = World::new().start().await;
+    change(&service, Change::SetPolicy(split(0))).await.unwrap();
+    for _ in 0..20 {
+        let callers: Vec<_> = (0..16)
+            .map(|_| {
+                let service = Arc::clone(&service);
+                #[allow(clippy::disallowed_methods, reason = "a test's own tasks")]
+                tokio::spawn(async move { run(&service, &["exit", "0"]).await.unwrap() })
+            })
+            .collect();
+        change(&service, Change::Drain(name("old"))).await.unwrap();
+        let on_old = async || {
+            let filter = RunFilter { backend: Some(name("old")), ..RunFilter::default() };
+            let page = service.list(&caller(), filter, None, 1000).await.unwrap();
+            assert!(page.next.is_none());
+            page.runs.len()
+        };
+        let before = on_old().await;
+        futures::future::join_all(callers).await;
+        assert_eq!(on_old().await, before);
+        change(&service, Change::Undrain(name("old"))).await.unwrap();
+    }
     service.shutdown().await;
 }
 

@@ -9,7 +9,7 @@ use std::{
     path::Path,
     process::{Command, Output, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -21,7 +21,7 @@ use runner_tests::{
     docker::{self, Engine, TestImage},
     service::{Service, eventually},
 };
-use worker_client::{RunOptions, RunSpec, proto};
+use worker_client::{RunSpec, proto};
 
 /// A service with two backends: `dind` on an engine, and `cluster`, which stands for any other.
 async fn start(engine: &Engine) -> Service {
@@ -140,31 +140,52 @@ fn check(line: &str, said: &str) {
     }
 }
 
+/// Callers that run one no-op after the other, and remember how each was accepted.
 struct Load {
     stop: Arc<AtomicBool>,
-    tasks: Vec<tokio::task::JoinHandle<Vec<proto::Run>>>,
+    accepted: Arc<Mutex<Vec<proto::Run>>>,
+    callers: Vec<tokio::task::JoinHandle<()>>,
 }
 
-/// Callers that run one no-op after the other, and remember how each was accepted.
-fn load(service: &Service, callers: usize) -> Load {
-    let stop = Arc::new(AtomicBool::new(false));
-    let caller = || {
-        let (client, stop) = (service.patient_client(), Arc::clone(&stop));
-        #[allow(clippy::disallowed_methods, reason = "a test's own tasks")]
-        tokio::spawn(async move {
-            let mut accepted = Vec::new();
-            while !stop.load(Ordering::Relaxed) {
-                let run = client
-                    .run_with(RunSpec::command(["true"]), RunOptions::default())
-                    .await
-                    .expect("accepted");
-                accepted.push(run.run().clone());
-                run.wait().await.expect("its end");
-            }
-            accepted
+impl Load {
+    fn start(service: &Service, callers: usize) -> Self {
+        let (stop, accepted) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+        let caller = || {
+            let (client, stop, accepted) =
+                (service.patient_client(), Arc::clone(&stop), Arc::clone(&accepted));
+            #[allow(clippy::disallowed_methods, reason = "a test's own tasks")]
+            tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    let run = client.run(RunSpec::command(["true"])).await.expect("accepted");
+                    accepted.lock().expect("no caller panicked").push(run.run().clone());
+                    run.wait().await.expect("its end");
+                }
+            })
+        };
+        Self { callers: (0..callers).map(|_| caller()).collect(), stop, accepted }
+    }
+
+    /// Waits until each of these backends has got another run.
+    async fn reaches(&self, backends: &[&str]) {
+        let count = |backend: &str| {
+            let accepted = self.accepted.lock().expect("no caller panicked");
+            accepted.iter().filter(|run| run.backend == backend).count()
+        };
+        let before: Vec<_> = backends.iter().map(|backend| count(backend)).collect();
+        eventually("runs on the backends", async || {
+            backends.iter().zip(&before).all(|(backend, before)| count(backend) > *before).then_some(())
         })
-    };
-    Load { tasks: (0..callers).map(|_| caller()).collect(), stop }
+        .await;
+    }
+
+    /// Waits for the end of every run that was begun.
+    async fn stop(self) -> Vec<proto::Run> {
+        self.stop.store(true, Ordering::Relaxed);
+        for caller in self.callers {
+            caller.await.expect("a caller that was never refused");
+        }
+        std::mem::take(&mut self.accepted.lock().expect("no caller panicked"))
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,7 +207,8 @@ async fn a_ramp_up_and_down_under_load_loses_nothing_though_the_service_is_kille
     change(proto::change_traffic_request::Change::SetPolicy(policy.to_owned()))
         .await
         .expect("set the policy");
-    let load = load(&service, 4);
+    let load = Load::start(&service, 4);
+    load.reaches(&["dind"]).await;
     let step = |percent: u32, millis: u64| proto::RampStep {
         share: percent * 100,
         hold: Some(worker_client::convert::duration_to_proto(Duration::from_millis(millis))),
@@ -205,23 +227,12 @@ async fn a_ramp_up_and_down_under_load_loses_nothing_though_the_service_is_kille
     service.kill();
     service.restart(&[]).await;
     at(3).await;
-    // A run on the new backend, and one on the old one after the way back.
-    let seen = async |backend: &str| {
-        let runs = client.run_with(RunSpec::command(["true"]), RunOptions::default());
-        let run = runs.await.expect("accepted");
-        assert_eq!(run.run().backend, backend);
-        run.wait().await.expect("its end");
-    };
-    seen("cluster").await;
+    load.reaches(&["cluster"]).await;
     change(proto::change_traffic_request::Change::Rollback(proto::Rollback::default()))
         .await
         .expect("roll back");
-    seen("dind").await;
-    load.stop.store(true, Ordering::Relaxed);
-    let mut accepted = Vec::new();
-    for task in load.tasks {
-        accepted.extend(task.await.expect("a caller"));
-    }
+    load.reaches(&["dind"]).await;
+    let accepted = load.stop().await;
     let ids: BTreeSet<&str> = accepted.iter().map(|run| run.run_id.as_str()).collect();
     assert_eq!(ids.len(), accepted.len(), "no run is two");
     // What each version said, from the audit log.
@@ -250,7 +261,10 @@ async fn a_ramp_up_and_down_under_load_loses_nothing_though_the_service_is_kille
         } else {
             0
         };
-        let expected = if bucket < share { "cluster" } else { "dind" };
+        let (first, other) = if bucket < share { ("cluster", "dind") } else { ("dind", "cluster") };
+        // On a machine that is busy enough an engine may not answer for a while.
+        let expected =
+            if decision.passed_over.iter().any(|backend| backend == first) { other } else { first };
         assert_eq!(run.backend, expected, "bucket {bucket}, version {}: {said}", decision.version);
         *by_backend.entry(run.backend).or_default() += 1;
     }
@@ -268,20 +282,14 @@ async fn a_backend_is_drained_under_load_and_no_run_is_refused() {
     let policy = "default: { split: { baseline: dind, canaries: [ { backend: cluster, percent: 50 } ] } }\n";
     fs::write(dir.path().join("p.yaml"), policy).expect("write the policy");
     ok(&service, dir.path(), &words("traffic set p.yaml --reason test"));
-    let load = load(&service, 4);
+    let load = Load::start(&service, 4);
+    load.reaches(&["dind", "cluster"]).await;
     let client = service.client();
-    eventually("both have runs", async || {
-        let backends = client.backends().await.ok()?;
-        backends.iter().all(|backend| backend.live_runs > 0).then_some(())
-    })
-    .await;
     ok(&service, dir.path(), &words("backend drain dind --wait --reason test"));
     let backends = client.backends().await.expect("the backends");
     let dind = backends.iter().find(|backend| backend.name == "dind").expect("dind");
     assert_eq!((dind.live_runs, dind.drained.is_some()), (0, true), "it is empty, under load");
     // The callers go on meanwhile, and each of their runs is accepted.
-    load.stop.store(true, Ordering::Relaxed);
-    for task in load.tasks {
-        assert!(!task.await.expect("a caller that was never refused").is_empty());
-    }
+    load.reaches(&["cluster"]).await;
+    load.stop().await;
 }

@@ -18,12 +18,12 @@ mod watchdog;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, atomic::AtomicU32},
     time::Duration,
 };
 
 use futures::stream::BoxStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{driver::Driver, live::LiveRuns};
@@ -170,8 +170,8 @@ struct BackendEntry {
     backend: Arc<dyn Backend>,
     slots: Arc<Semaphore>,
     size: usize,
-    /// Whether it answered when it was last asked. True before that.
-    healthy: AtomicBool,
+    /// How often in a row it was asked whether it takes work, and did not say yes.
+    misses: AtomicU32,
 }
 
 /// What every part of the service shares.
@@ -268,7 +268,7 @@ impl RunService {
                 backend: Arc::clone(backend),
                 slots: Arc::new(Semaphore::new(size)),
                 size,
-                healthy: AtomicBool::new(true),
+                misses: AtomicU32::new(0),
             };
             if backends.insert(backend.name().clone(), entry).is_some() {
                 return Err(precondition(
@@ -349,10 +349,10 @@ impl RunService {
             decision,
             time: parts.clock.now(),
         };
-        let run = match self.place(caller, id, &mut spec).await {
-            Ok((backend, decision)) => {
+        let (run, admission) = match self.place(caller, id, &mut spec).await {
+            Ok((backend, decision, admission)) => {
                 let spec = parts.limits.apply(spec, &backend.capabilities());
-                new_run(spec, decision.backend.clone(), Some(decision))
+                (new_run(spec, decision.backend.clone(), Some(decision)), admission)
             }
             // What was accepted once is answered, though what it needed then may be gone by now. With no room, the store
             // makes nothing new.
@@ -371,6 +371,7 @@ impl RunService {
         crash::point("run.before-accept");
         let accepting = Arc::clone(core);
         let accepting = async move {
+            let _admission = admission;
             let parts = &accepting.parts;
             match parts.store.accept(run, limits).await? {
                 Accepted::Created(record) => {
@@ -396,9 +397,11 @@ impl RunService {
         caller: &Caller,
         id: RunId,
         spec: &mut RunSpec,
-    ) -> Result<(Arc<dyn Backend>, Decision), ServiceError> {
+    ) -> Result<(Arc<dyn Backend>, Decision, OwnedRwLockReadGuard<()>), ServiceError> {
         inputs::find(&self.core.parts, caller, spec).await?;
-        self.core.route(&caller.tenant, id, spec)
+        let admission = self.core.traffic.admission().await;
+        let (backend, decision) = self.core.route(&caller.tenant, id, spec)?;
+        Ok((backend, decision, admission))
     }
 
     /// A run of the caller's tenant.

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedRwLockReadGuard};
 
 use super::{Caller, Core, Parts, RunService, ServiceError, health, precondition};
 use crate::{
@@ -19,6 +19,8 @@ use crate::{
     },
 };
 
+/// A backend is passed over once it was asked in vain so often in a row: one that is slow for a moment keeps its keys.
+const MISSES: u32 = 3;
 /// Who changes the traffic where no person asks.
 const SERVICE: &str = "service";
 /// Who changes it at the first start.
@@ -56,6 +58,9 @@ pub(super) struct Desk {
     current: RwLock<Arc<StoredTraffic>>,
     known: BTreeSet<BackendName>,
     changed: Notify,
+    /// Held by each admission from its choice until the run is live. A change waits for those that may have chosen by the state
+    /// before: once a drain has answered, no run is on its way to the backend any more.
+    admissions: Arc<tokio::sync::RwLock<()>>,
 }
 
 impl Desk {
@@ -78,7 +83,13 @@ impl Desk {
             tracing::warn!(%backend, "the traffic policy names a backend that is not configured; it is passed over");
         }
         parts.meter.traffic(&current);
-        Ok(Self { current: RwLock::new(Arc::new(current)), known, changed: Notify::new() })
+        let admissions = Arc::default();
+        Ok(Self { current: RwLock::new(Arc::new(current)), known, changed: Notify::new(), admissions })
+    }
+
+    /// To be held from the choice of a backend until the run is live.
+    pub(super) async fn admission(&self) -> OwnedRwLockReadGuard<()> {
+        Arc::clone(&self.admissions).read_owned().await
     }
 
     pub(super) fn current(&self) -> Arc<StoredTraffic> {
@@ -138,7 +149,7 @@ impl Backends for Seen<'_> {
             lacks = entry.backend.objections(spec);
         }
         let drained = self.traffic.drained.contains_key(backend);
-        Some(Candidate { healthy: entry.healthy.load(Ordering::Relaxed), drained, lacks })
+        Some(Candidate { healthy: entry.misses.load(Ordering::Relaxed) < MISSES, drained, lacks })
     }
 
     fn names(&self) -> impl Iterator<Item = &BackendName> {
@@ -192,6 +203,7 @@ impl Core {
             if let TrafficSet::Stored { version } = set {
                 tracing::info!(actor, action = change.name(), version, reason, "traffic: {what}");
                 let current = self.traffic.learn(StoredTraffic { version, traffic });
+                drop(self.traffic.admissions.write().await);
                 self.parts.meter.traffic_changed(change.name());
                 self.parts.meter.traffic(&current);
                 return Ok(current);
@@ -307,7 +319,10 @@ pub(super) async fn watch_health(core: Arc<Core>) {
     loop {
         let ask = core.backends.iter().map(|(name, entry)| async move {
             let answer = health(entry.backend.as_ref()).await;
-            if entry.healthy.swap(answer.healthy, Ordering::Relaxed) != answer.healthy {
+            let before = entry.misses.load(Ordering::Relaxed);
+            let misses = if answer.healthy { 0 } else { before.saturating_add(1) };
+            entry.misses.store(misses, Ordering::Relaxed);
+            if (before < MISSES) != (misses < MISSES) {
                 tracing::info!(backend = %name, healthy = answer.healthy, detail = answer.detail, "a backend's health changed");
             }
         });
