@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use runner_core::{
+    backend::BackendErrorKind,
     clock::{SystemClock, SystemIds},
     fake::{
         artifact::MemoryArtifacts,
@@ -12,12 +13,15 @@ use runner_core::{
     },
     id::{BackendName, RunId},
     limits::Limits,
-    service::{Caller, NoMeter, Options, Parts, RunRequest, RunService, ServiceError, TrafficChange},
+    service::{
+        Caller, GuardReport, GuardVerdict, NoMeter, Options, Parts, RunRequest, RunService, ServiceError,
+        TrafficChange,
+    },
     spec::RunSpec,
     store::{RunFilter, RunRecord, StoredTraffic},
     traffic::{
-        Canary, Change, DecidedBy, PassedOver, Policy, RampOrder, RampStatus, RampStep, Share, Split, Sticky,
-        Target,
+        Canary, Change, DecidedBy, Guard, PassedOver, Policy, RampOrder, RampStatus, RampStep, Share, Split,
+        Sticky, Target,
     },
 };
 
@@ -59,6 +63,7 @@ impl World {
             options: Options {
                 min_pause: Duration::from_millis(1),
                 health_interval: Duration::from_millis(5),
+                guard_interval: Duration::from_millis(20),
                 ..Options::default()
             },
             meter: Arc::new(NoMeter),
@@ -291,6 +296,71 @@ async fn a_ramp_goes_on_by_itself_also_over_a_restart() {
     assert!(steps.clone().all(|logged| logged.entry.actor == "service"), "{audit:#?}");
     assert_eq!(steps.count(), 2 + 2, "{audit:#?}");
     assert!(audit.iter().zip(1..).all(|(logged, n)| (logged.seq, logged.version) == (n, n)), "{audit:#?}");
+    service.shutdown().await;
+}
+
+/// `old` and `new` with half each, and a guard.
+fn guarded() -> Policy {
+    // A window that no test reaches the end of, wherever in it the test begins: 30 days.
+    Policy { guard: Some(Guard { window_seconds: 30 * 24 * 3600, ..Guard::default() }), ..split(50) }
+}
+
+/// Runs it so often, all at once, until each has ended.
+async fn run_many(service: &Arc<RunService>, number: usize, command: &'static [&'static str]) {
+    let callers = (0..number).map(|_| async {
+        let accepted = run(service, command).await.unwrap();
+        until_ended(service, accepted.id).await;
+    });
+    futures::future::join_all(callers).await;
+}
+
+async fn until_guarded(service: &RunService, what: &str, is: impl Fn(&GuardReport) -> bool) -> GuardReport {
+    until(what, async || service.guard().into_iter().find(&is)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_canary_whose_backend_fails_is_rolled_back_and_one_that_only_runs_failing_programs_is_not() {
+    let world = World::new();
+    let service = world.start().await;
+    change(&service, Change::SetPolicy(guarded())).await.unwrap();
+    let told = until_guarded(&service, "the guard looks", |_| true).await;
+    assert_eq!((told.verdict, told.canary_failures.runs), (GuardVerdict::TooLittle, 0), "and says so");
+    run_many(&service, 100, &["exit", "1"]).await;
+    let seen = |report: &GuardReport| report.canary_failures.runs + report.baseline_failures.runs;
+    let told = until_guarded(&service, "it has seen them", |report| seen(report) == 100).await;
+    assert_eq!((told.verdict, told.canary_failures.failures), (GuardVerdict::Fine, 0), "{told:?}");
+    assert_eq!(canary(&service), share(50));
+
+    world.new.with_faults(|faults| {
+        faults.ensure.extend(std::iter::repeat_n((BackendErrorKind::Substrate, false), 1000));
+    });
+    run_many(&service, 100, &["exit", "0"]).await;
+    until("it is rolled back", async || (canary(&service) == Share::NONE).then_some(())).await;
+    let audit = service.audit(None, 1).await.unwrap();
+    let entry = &audit[0].entry;
+    assert_eq!((entry.actor.as_str(), entry.action.as_str()), ("guard", "traffic.rollback"));
+    assert!(entry.reason.starts_with("new failed for reasons of infrastructure in "), "{}", entry.reason);
+    // An operator who lets it have another try begins anew: what was seen before is nothing to it.
+    world.new.with_faults(|faults| faults.ensure.clear());
+    change(&service, Change::SetPolicy(guarded())).await.unwrap();
+    run_many(&service, 100, &["exit", "0"]).await;
+    let told = until_guarded(&service, "it has seen them", |report| seen(report) == 100).await;
+    assert_eq!((told.verdict, told.canary_failures.failures), (GuardVerdict::Fine, 0), "{told:?}");
+    service.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_guard_knows_is_known_again_after_a_restart() {
+    let world = World::new();
+    let service = world.start().await;
+    change(&service, Change::SetPolicy(guarded())).await.unwrap();
+    run_many(&service, 40, &["exit", "0"]).await;
+    let seen = |report: &GuardReport| report.canary_failures.runs + report.baseline_failures.runs;
+    let before = until_guarded(&service, "it has seen them", |report| seen(report) == 40).await;
+    service.shutdown().await;
+    let service = world.start().await;
+    let after = until_guarded(&service, "it has seen them again", |report| seen(report) == 40).await;
+    assert_eq!(after, before);
     service.shutdown().await;
 }
 

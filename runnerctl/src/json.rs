@@ -297,6 +297,28 @@ pub(crate) fn traffic(traffic: &proto::Traffic, policy: Value) -> Value {
         ("policy", policy),
         ("drained", Value::Object(backends.collect())),
         ("ramp", traffic.ramp.as_ref().map_or(Value::Null, ramp)),
+        ("guard", Value::Array(traffic.guard.iter().map(guard).collect())),
+    ])
+}
+
+/// What the guard thinks of a canary.
+pub(crate) fn verdict(report: &proto::GuardReport) -> &'static str {
+    report.verdict().as_str_name().strip_prefix("VERDICT_").unwrap_or_default()
+}
+
+fn guard(report: &proto::GuardReport) -> Value {
+    let tally = |tally: &Option<proto::Tally>| {
+        tally.as_ref().map_or(Value::Null, |tally| json!({ "count": tally.count, "runs": tally.runs }))
+    };
+    object([
+        ("rule", json!(report.rule)),
+        ("canary", json!(report.canary)),
+        ("baseline", json!(report.baseline)),
+        ("canary_failures", tally(&report.canary_failures)),
+        ("baseline_failures", tally(&report.baseline_failures)),
+        ("canary_slow", tally(&report.canary_slow)),
+        ("baseline_slow", tally(&report.baseline_slow)),
+        ("verdict", json!(verdict(report))),
     ])
 }
 

@@ -5,6 +5,7 @@
 
 mod driver;
 mod error;
+mod guard;
 mod inputs;
 mod live;
 mod meter;
@@ -29,6 +30,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{driver::Driver, live::LiveRuns};
 pub use self::{
     error::ServiceError,
+    guard::{GuardReport, GuardVerdict},
     meter::{Meter, NoMeter},
     stream::{InvalidCursor, StreamBody, StreamCursor, StreamItem, StreamOptions},
     sweep::{Retention, SweepReport},
@@ -112,6 +114,8 @@ pub struct Options {
     pub publish_patience: Duration,
     /// Time between two questions to each backend whether it takes work.
     pub health_interval: Duration,
+    /// Time between two looks of the guard at the runs that have ended.
+    pub guard_interval: Duration,
     /// Time between two keep-alives of a silent stream.
     pub keep_alive: Duration,
     /// How long what is kept.
@@ -129,6 +133,7 @@ impl Default for Options {
             observe_patience: Duration::from_secs(600),
             publish_patience: Duration::from_secs(600),
             health_interval: Duration::from_secs(5),
+            guard_interval: Duration::from_secs(5),
             keep_alive: Duration::from_secs(15),
             retention: Retention::default(),
         }
@@ -181,6 +186,7 @@ struct Core {
     backends: BTreeMap<BackendName, BackendEntry>,
     live: LiveRuns,
     traffic: traffic::Desk,
+    guard: guard::Reports,
     sweeps: sweep::Sweeps,
     stopping: CancellationToken,
     tasks: TaskTracker,
@@ -288,6 +294,7 @@ impl RunService {
             backends,
             live: LiveRuns::default(),
             traffic,
+            guard: guard::Reports::default(),
             sweeps: sweep::Sweeps::default(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -299,6 +306,8 @@ impl RunService {
         task::spawn(TaskKind::Loop, "ramps", ramps);
         let health = core.tasks.track_future(traffic::watch_health(Arc::clone(&core)));
         task::spawn(TaskKind::Loop, "health", health);
+        let guard = core.tasks.track_future(guard::run(Arc::clone(&core)));
+        task::spawn(TaskKind::Loop, "guard", guard);
         let sweeper = core.tasks.track_future(sweep::run(Arc::clone(&core)));
         task::spawn(TaskKind::Loop, "sweeper", sweeper);
         Ok(Arc::new(Self { core }))

@@ -182,7 +182,7 @@ impl Core {
     }
 
     /// Changes the traffic, durably. What is known here afterwards is what is stored.
-    async fn change_traffic(
+    pub(super) async fn change_traffic(
         &self,
         actor: &str,
         TrafficChange { change, expected, reason }: &TrafficChange,

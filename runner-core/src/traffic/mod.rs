@@ -3,6 +3,7 @@
 //! [`choose`] decides for one run, by a [`Policy`]. [`Traffic`] is the stored whole: the policy, which backends are drained, and
 //! the ramp. [`Change`] is how it becomes another. Nothing here reads a clock or a store.
 
+mod guard;
 mod policy;
 mod ramp;
 mod route;
@@ -11,6 +12,7 @@ mod split;
 mod state;
 
 pub use self::{
+    guard::{Evidence, Guard, Tally, is_infrastructure},
     policy::{MAX_RULES, Match, Policy, Rule, Target},
     ramp::{MAX_HOLD, MAX_STEPS, Ramp, RampOrder, RampStatus, RampStep},
     route::{Asked, Backends, Candidate, DecidedBy, Decision, NoBackend, PassedOver, choose},

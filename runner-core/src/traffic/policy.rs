@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Share, Split, Sticky};
+use super::{Guard, Share, Split, Sticky};
 use crate::{
     id::{BackendName, TenantId},
     spec::{FieldViolation, InvalidSpec, RunSpec},
@@ -30,6 +30,9 @@ pub struct Policy {
     /// What decides where no rule does. `None`: the default backend of the service's configuration.
     #[serde(default)]
     pub default: Option<Target>,
+    /// Rolls a canary back that does worse than its baseline. `None`: nobody does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guard: Option<Guard>,
 }
 
 /// Sends some runs elsewhere than the rest.
@@ -141,6 +144,16 @@ impl Policy {
         })
     }
 
+    /// Every split, with the rule that it belongs to; `None`: the default.
+    pub fn splits(&self) -> impl Iterator<Item = (Option<&str>, &Split)> {
+        let rules = self.rules.iter().map(|rule| (Some(rule.name.as_str()), &rule.to));
+        let targets = rules.chain(self.default.iter().map(|target| (None, target)));
+        targets.filter_map(|(rule, target)| match target {
+            Target::Split(split) => Some((rule, split)),
+            Target::Backend(_) => None,
+        })
+    }
+
     /// Checks the policy against the backends that there are.
     ///
     /// # Errors
@@ -172,6 +185,9 @@ impl Policy {
         }
         if let Some(default) = &self.default {
             check.target("default", default);
+        }
+        if let Some(guard) = &self.guard {
+            check.guard(guard);
         }
         if check.found.is_empty() { Ok(()) } else { Err(InvalidSpec(check.found)) }
     }
@@ -229,6 +245,19 @@ impl Check<'_> {
             let known: Vec<&str> = self.known.iter().map(BackendName::as_str).collect();
             let what = format!("there is no backend {:?}; there are {known:?}", backend.as_str());
             self.add(field, "INVALID", what);
+        }
+    }
+
+    fn guard(&mut self, guard: &Guard) {
+        const MONTH: u64 = 30 * 24 * 3600;
+        if !(60..=MONTH).contains(&guard.window_seconds) {
+            self.add("guard.window_seconds", "INVALID", "must be from a minute to 30 days");
+        }
+        if guard.error_percent == Share::NONE || guard.error_percent > Share::HALF {
+            self.add("guard.error_percent", "INVALID", "must be above 0 and at most 50");
+        }
+        if guard.slow_start_seconds.is_some_and(|seconds| seconds == 0 || seconds > MONTH) {
+            self.add("guard.slow_start_seconds", "INVALID", "must be from a second to 30 days");
         }
     }
 

@@ -116,6 +116,14 @@ fn names_and_sizes_of_rules_are_checked() {
 }
 
 #[test]
+fn a_guard_that_makes_no_sense_is_refused() {
+    assert!(policy(json!({ "guard": {} })).validate(&known()).is_ok());
+    let bad = json!({ "guard": { "window_seconds": 59, "error_percent": 0, "slow_start_seconds": 0 } });
+    let expected = ["window_seconds", "error_percent", "slow_start_seconds"];
+    assert_eq!(fields(bad), expected.map(|name| (format!("guard.{name}"), "INVALID".to_owned())));
+}
+
+#[test]
 fn a_rule_matches_what_it_says() {
     let matches: Match = serde_json::from_value(
         json!({ "tenants": ["a"], "images": ["x", "tools/*"], "labels": { "k": "v" } }),

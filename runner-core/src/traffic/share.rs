@@ -17,6 +17,10 @@ pub struct InvalidShare(pub f64);
 impl Share {
     /// Nothing.
     pub const NONE: Self = Self(0);
+    /// One of a hundred.
+    pub const ONE_PERCENT: Self = Self(100);
+    /// Half.
+    pub const HALF: Self = Self(5_000);
     /// Everything.
     pub const ALL: Self = Self(10_000);
 

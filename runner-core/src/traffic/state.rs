@@ -24,6 +24,9 @@ pub struct Traffic {
     /// The last ramp, whether it still runs or not.
     #[serde(default)]
     pub ramp: Option<Ramp>,
+    /// Runs that were admitted before this are nothing to the guard: an operator has looked at them, and decided.
+    #[serde(default)]
+    pub guarded_from: Timestamp,
 }
 
 /// Why a backend takes no new runs.
@@ -139,6 +142,7 @@ impl Traffic {
                     return Err(refused("RAMP_ACTIVE", message));
                 }
                 self.policy.clone_from(policy);
+                self.guarded_from = by.now;
                 Ok(format!("{} rules, default: {}", policy.rules.len(), summary(policy.default.as_ref())))
             }
             Change::Drain(backend) => {
@@ -164,10 +168,15 @@ impl Traffic {
                 self.set_share(&ramp);
                 let what = ramp.to_string();
                 self.ramp = Some(ramp);
+                self.guarded_from = by.now;
                 Ok(what)
             }
             Change::PauseRamp => self.with_ramp(|ramp| ramp.pause(by.now)),
-            Change::ResumeRamp => self.with_ramp(|ramp| ramp.resume(by.now)),
+            Change::ResumeRamp => {
+                let what = self.with_ramp(|ramp| ramp.resume(by.now))?;
+                self.guarded_from = by.now;
+                Ok(what)
+            }
             Change::AbortRamp => self.with_ramp(Ramp::abort),
             Change::AdvanceRamp => self.with_ramp(|ramp| ramp.advance(by.now)),
             Change::Rollback(backend) => self.roll_back(backend.as_ref()),

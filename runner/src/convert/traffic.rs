@@ -2,11 +2,12 @@
 
 use runner_core::{
     id::{BackendName, RunId},
-    service::{Explanation, ServiceError, TrafficChange},
+    service::{Explanation, GuardReport, GuardVerdict, ServiceError, TrafficChange},
     spec::{FieldViolation, InvalidSpec, RunSpec},
     store::{StoredAudit, StoredTraffic},
     traffic::{
-        Candidate, Change, DecidedBy, Decision, Drained, Policy, Ramp, RampOrder, RampStatus, RampStep, Share,
+        Candidate, Change, DecidedBy, Decision, Drained, Policy, Ramp, RampOrder, RampStatus, RampStep,
+        Share, Tally,
     },
 };
 use runner_proto::v1;
@@ -117,8 +118,8 @@ fn ramp_order(order: v1::StartRamp, violations: &mut Violations) -> Option<RampO
     Some(RampOrder { rule: Some(rule).filter(|rule| !rule.is_empty()), backend: backend?, steps })
 }
 
-/// The state of the traffic on the wire.
-pub fn traffic(stored: &StoredTraffic) -> v1::Traffic {
+/// The state of the traffic on the wire, and what the guard says of it.
+pub fn traffic(stored: &StoredTraffic, guard: &[GuardReport]) -> v1::Traffic {
     let StoredTraffic { version, traffic } = stored;
     let drained = traffic.drained.iter().map(|(backend, why)| (backend.to_string(), drained(why)));
     v1::Traffic {
@@ -127,6 +128,26 @@ pub fn traffic(stored: &StoredTraffic) -> v1::Traffic {
         policy: serde_json::to_string(&traffic.policy).unwrap_or_default(),
         drained: drained.collect(),
         ramp: traffic.ramp.as_ref().map(ramp),
+        guard: guard.iter().map(guard_report).collect(),
+    }
+}
+
+fn guard_report(report: &GuardReport) -> v1::GuardReport {
+    let tally = |tally: Tally| Some(v1::Tally { count: tally.failures, runs: tally.runs });
+    let verdict = match report.verdict {
+        GuardVerdict::TooLittle => v1::guard_report::Verdict::TooLittle,
+        GuardVerdict::Fine => v1::guard_report::Verdict::Fine,
+        GuardVerdict::RolledBack => v1::guard_report::Verdict::RolledBack,
+    };
+    v1::GuardReport {
+        rule: report.rule.clone().unwrap_or_default(),
+        canary: report.canary.to_string(),
+        baseline: report.baseline.to_string(),
+        canary_failures: tally(report.canary_failures),
+        baseline_failures: tally(report.baseline_failures),
+        canary_slow: tally(report.canary_slow),
+        baseline_slow: tally(report.baseline_slow),
+        verdict: verdict.into(),
     }
 }
 
@@ -261,7 +282,7 @@ mod tests {
             version: 3,
             traffic: runner_core::traffic::Traffic { policy: policy.clone(), ..Default::default() },
         };
-        let wire = traffic(&stored);
+        let wire = traffic(&stored, &[]);
         assert_eq!(wire.version, 3);
         assert_eq!(change(SetPolicy(wire.policy)), Ok(Change::SetPolicy(policy)));
     }

@@ -25,7 +25,7 @@ impl Admin for Api {
         &self,
         _request: Request<v1::GetTrafficRequest>,
     ) -> Result<Response<v1::GetTrafficResponse>, Status> {
-        let traffic = Some(traffic::traffic(&self.service.traffic()));
+        let traffic = Some(traffic::traffic(&self.service.traffic(), &self.service.guard()));
         Ok(Response::new(v1::GetTrafficResponse { traffic }))
     }
 
@@ -37,7 +37,7 @@ impl Admin for Api {
         let place = traffic::field_of(&change.change);
         let changed = self.service.change_traffic(self.auth.caller(), change).await;
         let traffic = changed.map_err(|error| status::service(&traffic::in_request(place, error)))?;
-        let traffic = Some(traffic::traffic(&traffic));
+        let traffic = Some(traffic::traffic(&traffic, &self.service.guard()));
         Ok(Response::new(v1::ChangeTrafficResponse { traffic }))
     }
 

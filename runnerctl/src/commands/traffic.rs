@@ -236,11 +236,22 @@ fn show(traffic: &proto::Traffic, format: Format) -> Result<Exit, Failure> {
         ("Version", traffic.version.to_string()),
         ("Drained", drained.collect::<Vec<_>>().join(", ")),
         ("Ramp", traffic.ramp.as_ref().map(ramp_line).unwrap_or_default()),
+        ("Guard", traffic.guard.iter().map(guard_line).collect::<Vec<_>>().join("; ")),
     ]);
     text.push('\n');
     text.push_str(&yaml(&policy)?);
     output::data(&text)?;
     Ok(Exit::OK)
+}
+
+fn guard_line(report: &proto::GuardReport) -> String {
+    let part = |tally: &Option<proto::Tally>| {
+        let tally = tally.unwrap_or_default();
+        format!("{} of {}", tally.count, tally.runs)
+    };
+    let (canary, baseline) = (part(&report.canary_failures), part(&report.baseline_failures));
+    let verdict = as_json::verdict(report).to_lowercase().replace('_', " ");
+    format!("{} failed {canary}, {} {baseline}: {verdict}", report.canary, report.baseline)
 }
 
 fn ramp_line(ramp: &proto::Ramp) -> String {
