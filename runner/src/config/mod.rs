@@ -61,7 +61,7 @@ pub struct Config {
     pub default_backend: BackendName,
     /// Where new runs go, at the first start: from then on the store says so, and `runnerctl traffic` changes it. As in docs/cutover.md.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
+    #[schemars(with = "Option<serde_json::Map<String, serde_json::Value>>")]
     pub traffic: Option<Policy>,
     /// The backends. A list replaces the one of the layer before, whole.
     pub backends: Vec<BackendConfig>,

@@ -64,6 +64,7 @@ fn another(key: &str, leaf: &Value, default: Option<&Value>) -> Value {
         "object_store.settings" => Some(json!({ "region": "somewhere" })),
         "default_backend" => Some(json!("local")),
         "backends" => Some(json!([{ "kind": "local", "name": "local", "slots": 7 }])),
+        "traffic" => Some(json!({ "default": { "backend": "local" } })),
         "agent_listen" => Some(json!("0.0.0.0:7602")),
         "log.filter" => Some(json!("warn,runner_core=trace")),
         "shutdown.drain" => Some(json!("7s")),

@@ -11,6 +11,7 @@ use runner_core::{
     },
 };
 use runner_proto::v1;
+use serde_json::error::Category;
 
 use super::{Violations, Wire, duration, timestamp};
 
@@ -88,8 +89,11 @@ fn policy(text: &str, violations: &mut Violations) -> Option<Policy> {
             }
         },
         Err(error) => {
-            let path = error.path().to_string();
-            let field = if path == "." { "set_policy".to_owned() } else { format!("set_policy.{path}") };
+            // What is no JSON has no places.
+            let field = match (error.inner().classify(), error.path().to_string().as_str()) {
+                (Category::Data, path) if path != "." => format!("set_policy.{path}"),
+                _ => "set_policy".to_owned(),
+            };
             violations.add(field, "INVALID", error.inner().to_string());
             None
         }
