@@ -237,15 +237,20 @@ impl BackendError {
 
     /// The error and everything below it, in one line.
     pub fn chain(&self) -> String {
-        let mut text = self.context.clone();
-        let mut below = std::error::Error::source(self);
-        while let Some(error) = below {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            below = error.source();
-        }
-        text
+        chain(self)
     }
+}
+
+/// An error and everything below it, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut below = error.source();
+    while let Some(error) = below {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        below = error.source();
+    }
+    text
 }
 
 /// A place that executes attempts.

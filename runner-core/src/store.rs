@@ -383,10 +383,10 @@ pub enum Removed {
     Live,
 }
 
-/// The stored state of the traffic.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The stored state of the traffic. Its default is what holds where none was ever stored.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StoredTraffic {
-    /// From 1, one more with every change.
+    /// From 1, one more with every change; 0 where none was ever stored.
     pub version: u64,
     /// The state.
     pub traffic: Traffic,

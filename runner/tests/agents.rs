@@ -199,7 +199,7 @@ impl Rig {
                 stdin: false,
                 log_limit_bytes: *log_limit_bytes,
             },
-            limits: (&StagingLimits::default()).into(),
+            limits: StagingLimits::default(),
         }
     }
 

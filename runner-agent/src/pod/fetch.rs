@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use runner_core::backend::NoProgress;
+use runner_core::backend::{NoProgress, chain};
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -107,7 +107,7 @@ async fn stage(pod: &Pod, service: &Service, order: &Order) -> Result<StagedInpu
         plan: &plan,
         root: &root,
         artifacts: &store,
-        limits: &order.staging_limits(),
+        limits: &order.limits,
         progress: &NoProgress,
         // All containers of the pod have the same user.
         owner: None,
@@ -135,15 +135,4 @@ fn last_word(pod: &Pod, word: &LastWord) {
 
 fn cut(text: &str) -> String {
     text[..text.floor_char_boundary(MAX_LAST_WORD)].to_owned()
-}
-
-fn chain(error: &StagingError) -> String {
-    let mut text = error.to_string();
-    let mut below = std::error::Error::source(error);
-    while let Some(error) = below {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        below = error.source();
-    }
-    text
 }

@@ -256,7 +256,6 @@ impl Answerer {
             Err(error) => return failed(format!("open the stage: {error}"), false),
         };
         let store = RemoteStore(self.service.clone());
-        let limits = order.staging_limits();
         let job = OutputPublishing {
             spec: &order.spec,
             plan: &plan,
@@ -264,7 +263,7 @@ impl Answerer {
             attempt_prefix: &order.attempt_prefix(),
             artifacts: &store,
             partial,
-            limits: &limits,
+            limits: &order.limits,
             progress: &NoProgress,
         };
         match publish_outputs(job).await {

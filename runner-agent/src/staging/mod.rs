@@ -36,9 +36,10 @@ pub use self::{
 };
 
 use runner_core::https::HttpsPolicy;
+use serde::{Deserialize, Serialize};
 
 /// Caps on what one attempt may stage. What passes one is refused with [`StagingErrorKind::LimitExceeded`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StagingLimits {
     /// All inputs together, in bytes.
     pub input_bytes: u64,
@@ -56,7 +57,8 @@ pub struct StagingLimits {
     pub parallel: usize,
     /// How many times its own size, and 64 MiB, an archive may unpack to.
     pub archive_ratio: u64,
-    /// Inputs by `https`.
+    /// Inputs by `https`. Not told to agents in pods, which fetch none.
+    #[serde(skip)]
     pub https: HttpsPolicy,
 }
 

@@ -66,8 +66,7 @@ pub(super) struct Desk {
 impl Desk {
     /// Reads the state. Where there is none, the configuration's policy becomes it.
     pub(super) async fn open(parts: &Parts, known: BTreeSet<BackendName>) -> Result<Self, ServiceError> {
-        let nothing = StoredTraffic { version: 0, traffic: Traffic::default() };
-        let mut current = parts.store.traffic().await?.unwrap_or(nothing);
+        let mut current = parts.store.traffic().await?.unwrap_or_default();
         if let (0, Some(policy)) = (current.version, &parts.traffic) {
             let change = Change::SetPolicy(policy.clone());
             let by = By { actor: CONFIGURATION, reason: "the first start", now: parts.clock.now() };
@@ -189,9 +188,7 @@ impl Core {
     ) -> Result<Arc<StoredTraffic>, ServiceError> {
         let store = &self.parts.store;
         for _ in 0..MAX_TURNS {
-            let stored = store.traffic().await?;
-            let stored = stored.unwrap_or(StoredTraffic { version: 0, traffic: Traffic::default() });
-            let current = self.traffic.learn(stored);
+            let current = self.traffic.learn(store.traffic().await?.unwrap_or_default());
             if let Some(expected) = expected.filter(|expected| *expected != current.version) {
                 let message = format!("the traffic is at version {}, not {expected}", current.version);
                 return Err(precondition("VERSION_CONFLICT", message));

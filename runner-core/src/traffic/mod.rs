@@ -20,3 +20,16 @@ pub use self::{
     split::{BUCKETS, Canary, Split, Sticky, bucket},
     state::{By, Change, ChangeError, Drained, Traffic},
 };
+
+use crate::{id::BackendName, spec::FieldViolation};
+
+/// A field that names a backend which is not among those that there are.
+fn unknown_backend<'a>(
+    field: impl Into<String>,
+    backend: &BackendName,
+    known: impl IntoIterator<Item = &'a BackendName>,
+) -> FieldViolation {
+    let known: Vec<&str> = known.into_iter().map(BackendName::as_str).collect();
+    let what = format!("there is no backend {:?}; there are {known:?}", backend.as_str());
+    FieldViolation::new(field, "INVALID", what)
+}

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Guard, Share, Split, Sticky};
+use super::{Guard, Share, Split, Sticky, unknown_backend};
 use crate::{
     id::{BackendName, TenantId},
     spec::{FieldViolation, InvalidSpec, RunSpec},
@@ -200,9 +200,13 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn add(&mut self, field: impl Into<String>, reason: &'static str, description: impl Into<String>) {
+        self.push(FieldViolation::new(field, reason, description));
+    }
+
+    fn push(&mut self, violation: FieldViolation) {
         const MAX_VIOLATIONS: usize = 100;
         if self.found.len() < MAX_VIOLATIONS {
-            self.found.push(FieldViolation::new(field, reason, description));
+            self.found.push(violation);
         }
     }
 
@@ -242,9 +246,7 @@ impl Check<'_> {
 
     fn backend(&mut self, field: String, backend: &BackendName) {
         if !self.known.contains(backend) {
-            let known: Vec<&str> = self.known.iter().map(BackendName::as_str).collect();
-            let what = format!("there is no backend {:?}; there are {known:?}", backend.as_str());
-            self.add(field, "INVALID", what);
+            self.push(unknown_backend(field, backend, self.known));
         }
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Policy, Target, bucket};
+use super::{Policy, Target, bucket, unknown_backend};
 use crate::{
     id::{BackendName, RunId, TenantId},
     spec::{FieldViolation, InvalidSpec, RunSpec},
@@ -201,9 +201,7 @@ fn decider(policy: &Policy, backends: &impl Backends, asked: Asked<'_>) -> (Deci
 /// None of `standing` takes the run.
 fn none(by: &DecidedBy, backends: &impl Backends, standing: &[Standing<'_>]) -> NoBackend {
     if let (DecidedBy::Spec, [Standing { name, candidate: None, .. }]) = (by, standing) {
-        let known: Vec<&str> = backends.names().map(BackendName::as_str).collect();
-        let what = format!("there is no backend {:?}; there are {known:?}", name.as_str());
-        let violation = FieldViolation::new("spec.routing.backend", "INVALID", what);
+        let violation = unknown_backend("spec.routing.backend", name, backends.names());
         return NoBackend::Incapable(InvalidSpec(vec![violation]));
     }
     if standing.iter().all(|standing| standing.out == Some(PassedOver::Incapable)) {

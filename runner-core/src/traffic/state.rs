@@ -4,12 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Policy, Ramp, RampOrder, Share, Target};
-use crate::{
-    clock::Timestamp,
-    id::BackendName,
-    spec::{FieldViolation, InvalidSpec},
-};
+use super::{Policy, Ramp, RampOrder, Share, Target, unknown_backend};
+use crate::{clock::Timestamp, id::BackendName, spec::InvalidSpec};
 
 /// Everything that decides where new runs go. One document with one version: whoever changes it says which version it
 /// changes.
@@ -228,9 +224,7 @@ fn must_know(backend: &BackendName, known: &BTreeSet<BackendName>) -> Result<(),
     if known.contains(backend) {
         return Ok(());
     }
-    let known: Vec<&str> = known.iter().map(BackendName::as_str).collect();
-    let what = format!("there is no backend {:?}; there are {known:?}", backend.as_str());
-    Err(InvalidSpec(vec![FieldViolation::new("backend", "INVALID", what)]))
+    Err(InvalidSpec(vec![unknown_backend("backend", backend, known)]))
 }
 
 /// A target in a line.
