@@ -10,6 +10,7 @@ use std::{
 };
 
 use backend_dind::{DindBackend, DindParts};
+use backend_k8sjob::{K8sJobBackend, K8sJobParts};
 use backend_local::{LocalBackend, LocalParts};
 use runner_artifacts::{
     blob::{BlobSigner, KeyError},
@@ -175,7 +176,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
     // A run that prints nothing leaves no object behind: watchers read the logs of ended attempts without following.
     let options = log::Options { store_empty: false, ..log::Options::default() };
     let logs = SegmentedLogs::new(Arc::clone(&artifacts), Arc::clone(&clock), options);
-    let backends = open_backends(config, &data_dir, &instance, &clock).await?;
+    let backends = open_backends(config, &data_dir, &instance, &hub, &clock).await?;
     let parts = Parts {
         store: Arc::new(store),
         logs: Arc::new(logs),
@@ -236,6 +237,7 @@ async fn open_backends(
     config: &Config,
     data_dir: &Path,
     instance: &str,
+    hub: &Arc<AgentHub>,
     clock: &Arc<dyn Clock>,
 ) -> Result<Vec<Arc<dyn Backend>>, ServeError> {
     let mut backends: Vec<Arc<dyn Backend>> = Vec::new();
@@ -265,6 +267,20 @@ async fn open_backends(
                 };
                 let name = dind.name.to_string();
                 let opened = DindBackend::open(parts).await;
+                backends.push(Arc::new(
+                    opened.map_err(|source| ServeError::Backend { name, source: source.into() })?,
+                ));
+            }
+            BackendConfig::K8sJob(jobs) => {
+                let parts = K8sJobParts {
+                    config: (**jobs).clone(),
+                    instance: instance.to_owned(),
+                    hub: Arc::clone(hub),
+                    clock: Arc::clone(clock),
+                    staging: config.inputs.staging_limits(),
+                };
+                let name = jobs.name.to_string();
+                let opened = K8sJobBackend::open(parts).await;
                 backends.push(Arc::new(
                     opened.map_err(|source| ServeError::Backend { name, source: source.into() })?,
                 ));

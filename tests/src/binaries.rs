@@ -73,6 +73,19 @@ pub fn static_agent() -> Result<PathBuf, String> {
     program(BUILT.get_or_init(make).clone(), "runner-agent-static")
 }
 
+/// The image of the agents in pods, as an archive. Made by `cargo xtask image`, which knows how.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn agent_image() -> Result<PathBuf, String> {
+    static BUILT: Built = OnceLock::new();
+    let make = || match std::env::var_os("RUNNER_TEST_BINARIES") {
+        Some(folder) => Ok(folder.into()),
+        None => cargo(&["run", "--quiet", "--package", "xtask", "--", "image"]),
+    };
+    program(BUILT.get_or_init(make).clone(), "runner-agent-image.tar")
+}
+
 /// The service. The shim lies beside it.
 ///
 /// # Errors

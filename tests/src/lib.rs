@@ -3,6 +3,7 @@
 pub mod artifact;
 pub mod backend;
 pub mod binaries;
+pub mod cluster;
 pub mod docker;
 pub mod https;
 pub mod log;

@@ -28,7 +28,7 @@ pub(crate) fn run(rows: &[String]) -> Result<()> {
         if let Err(why) = setup::install_missing(&["docker.io", "busybox-static", "openssl", "iproute2"]) {
             say(&format!("bench: no Docker Engine: {why:#}"));
         }
-        agent::run(true)?;
+        agent::run(true, agent::Roles::Shim)?;
     }
     if (rows.is_empty() || rows.iter().any(|row| row == "8"))
         && let Err(why) = setup::install_missing(&["rclone"])

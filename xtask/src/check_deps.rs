@@ -17,6 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("runner-agent", &["runner-core", "runner-glob", "runner-proto"]),
     ("backend-local", &["runner-core", "runner-agent"]),
     ("backend-dind", &["runner-core", "runner-agent"]),
+    ("backend-k8sjob", &["runner-core", "runner-agent"]),
     (
         "runner",
         &[
@@ -27,6 +28,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "runner-agent",
             "backend-local",
             "backend-dind",
+            "backend-k8sjob",
         ],
     ),
     ("worker-client", &["runner-proto"]),
@@ -41,6 +43,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "runner-agent",
             "backend-local",
             "backend-dind",
+            "backend-k8sjob",
             "runner",
             "worker-client",
         ],
@@ -58,6 +61,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("runner-artifacts", &["tonic", "kube", "bollard", "rusqlite"]),
     ("backend-local", &["tonic", "kube", "bollard", "rusqlite", "object_store"]),
     ("backend-dind", &["tonic", "kube", "rusqlite", "object_store"]),
+    ("backend-k8sjob", &["tonic", "bollard", "rusqlite", "object_store"]),
     ("worker-client", &["kube", "bollard", "rusqlite", "object_store"]),
     ("runnerctl", &["kube", "bollard", "rusqlite", "object_store"]),
 ];

@@ -4,6 +4,7 @@ mod agent;
 mod bench;
 mod check_deps;
 mod demo;
+mod image;
 mod process;
 mod setup;
 mod test;
@@ -11,6 +12,8 @@ mod test;
 use std::process::ExitCode;
 
 use anyhow::Result;
+
+use self::agent::Roles;
 
 const USAGE: &str = "\
 cargo xtask COMMAND
@@ -21,6 +24,8 @@ cargo xtask COMMAND
   bench [ROW…]  measure the rows of docs/benchmarks.md and print one table of ratios
   agent [--release]
                 build the shim as the Docker backend puts it into containers: linked statically
+  image [--release]
+                build the image of the agents in pods, as an archive that `docker load` takes
   check-deps    check that the crates depend on one another in the directions that docs/ARCHITECTURE.md allows
 ";
 
@@ -34,8 +39,10 @@ fn main() -> ExitCode {
         ("demo", []) => demo::run(),
         ("test", rest) => test::run(rest),
         ("bench", rest) => bench::run(rest),
-        ("agent", []) => agent::run(false),
-        ("agent", [flag]) if flag == "--release" => agent::run(true),
+        ("agent", []) => agent::run(false, Roles::Shim).map(drop),
+        ("agent", [flag]) if flag == "--release" => agent::run(true, Roles::Shim).map(drop),
+        ("image", []) => image::run(false),
+        ("image", [flag]) if flag == "--release" => image::run(true),
         ("check-deps", []) => check_deps::run(),
         _ => {
             process::say(USAGE);

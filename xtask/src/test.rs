@@ -4,7 +4,10 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::{agent, check_deps, process, setup};
+use crate::{
+    agent::{self, Roles},
+    check_deps, image, process, setup,
+};
 
 /// Sets up, then checks and tests everything. With filters: only the tests that they name.
 pub(crate) fn run(filters: &[String]) -> Result<()> {
@@ -24,7 +27,11 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     }
     // All at once, with the features that the tests have too: the programs that tests start are built once, here.
     process::run(cargo()?.args(["build", "--workspace", "--all-targets"]))?;
-    agent::run(false)?;
+    agent::run(false, Roles::Shim)?;
+    if std::env::var_os("RUNNER_TEST_KUBECONFIG").is_some() {
+        // Only pods have a use for it, and it takes long to build.
+        image::run(false)?;
+    }
     let mut test = cargo()?;
     test.env("RUNNER_TEST_BINARIES", process::target()?.join("debug"));
     test.args(["test", "--workspace", "--no-fail-fast"]);

@@ -18,6 +18,7 @@ use std::{
 };
 
 use backend_dind::DindConfig;
+use backend_k8sjob::K8sJobConfig;
 use backend_local::LocalConfig;
 use runner_core::{id::BackendName, limits::Limits, traffic::Policy};
 use schemars::JsonSchema;
@@ -51,8 +52,8 @@ pub struct Config {
     /// Address of `/healthz`, `/readyz` and `/metrics`. Loopback only, like `listen`.
     #[schemars(with = "String", example = &"127.0.0.1:7601")]
     pub ops_listen: SocketAddr,
-    /// Address that agents beside workloads dial. Unlike the others it may be reached from elsewhere: every call on it needs the
-    /// token of a live attempt. No backend has such agents yet; without an address nothing listens.
+    /// Address that the agents of Kubernetes backends dial. Unlike the others it may be reached from elsewhere: every call on it needs
+    /// the token of a live attempt. Needed where there is such a backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", example = &"0.0.0.0:7602")]
     pub agent_listen: Option<SocketAddr>,
@@ -101,6 +102,8 @@ pub enum BackendConfig {
     Local(LocalConfig),
     /// Containers of a Docker Engine. Each engine is a backend; several are a pool.
     Dind(Box<DindConfig>),
+    /// Jobs of a Kubernetes cluster. Each cluster, and each namespace, is a backend.
+    K8sJob(Box<K8sJobConfig>),
 }
 
 impl BackendConfig {
@@ -109,6 +112,7 @@ impl BackendConfig {
         match self {
             Self::Local(local) => &local.name,
             Self::Dind(dind) => &dind.name,
+            Self::K8sJob(jobs) => &jobs.name,
         }
     }
 
@@ -117,6 +121,7 @@ impl BackendConfig {
         match self {
             Self::Local(_) => "local",
             Self::Dind(_) => "dind",
+            Self::K8sJob(_) => "k8sjob",
         }
     }
 
@@ -128,6 +133,10 @@ impl BackendConfig {
             }
             Self::Dind(dind) => {
                 let bad = dind.validate().err().unwrap_or_default();
+                bad.into_iter().map(|bad| (bad.field, bad.rule)).collect()
+            }
+            Self::K8sJob(jobs) => {
+                let bad = jobs.validate().err().unwrap_or_default();
                 bad.into_iter().map(|bad| (bad.field, bad.rule)).collect()
             }
         }
@@ -259,6 +268,10 @@ impl Config {
             }
             for (field, rule) in backend.faults() {
                 add(&format!("backends[{i}].{field}"), rule);
+            }
+            if matches!(backend, BackendConfig::K8sJob(_)) && self.agent_listen.is_none() {
+                let rule = format!("must be set: the agents of the backend {} dial it", backend.name());
+                add("agent_listen", rule);
             }
             let is_local = |backend: &BackendConfig| backend.kind() == "local";
             if is_local(backend) && self.backends[..i].iter().any(is_local) {

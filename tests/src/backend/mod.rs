@@ -8,6 +8,7 @@ pub mod cases;
 pub mod dind;
 pub mod dind_world;
 pub mod fake;
+pub mod k8sjob;
 pub mod local;
 pub mod observed;
 pub mod program;
@@ -46,7 +47,8 @@ pub trait Harness: fmt::Debug + Send + Sync {
     fn backend(&self) -> Arc<dyn Backend>;
     /// Drops the backend and makes it anew over the same substrate and configuration.
     async fn reopen(&mut self);
-    /// A spec whose program does this. The harness may set image, command and args, nothing else.
+    /// A spec whose program does this. The harness may set image, command and args, and the network where the backend cannot do
+    /// without one; nothing else.
     fn spec(&self, program: &Program) -> RunSpec;
     /// The live processes of an attempt, seen from outside of the backend: those with [`bench::MARK`] in their
     /// environment.

@@ -119,8 +119,11 @@ impl TestImage {
         format!("sha256:{}", hex_digest(&self.configuration()))
     }
 
-    /// The archive that `docker load` reads.
-    fn archive(&self, name: &str) -> Vec<u8> {
+    /// The archive that `docker load` and `ctr images import` read.
+    ///
+    /// # Panics
+    /// Never.
+    pub fn archive(&self, name: &str) -> Vec<u8> {
         let config = self.configuration();
         let config_name = format!("{}.json", hex_digest(&config));
         let manifest = json!([{ "Config": config_name, "RepoTags": [name], "Layers": ["layer.tar"] }]);
