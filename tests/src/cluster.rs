@@ -3,22 +3,23 @@
 //! `RUNNER_TEST_KUBECONFIG` names its kubeconfig; without it every test that needs a cluster is skipped visibly. Its one node is
 //! this machine, with its containerd at `RUNNER_TEST_CONTAINERD`: images are put there, since no registry is asked, and a
 //! workload's processes are found in this machine's `/proc`.
+//!
+//! The backend gets an account with the documented rights and nothing more; tests look around and clean up with another one.
 
 use std::{
     fs,
     io::Write as _,
     net::IpAddr,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
 
-use k8s_openapi::api::core::v1::{Namespace, Node, ServiceAccount};
 use kube::{
-    Api, Client, Config, Error as KubeError,
-    api::{ListParams, ObjectMeta, PostParams},
+    Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
 use crate::{backend::Missing, binaries, docker::TestImage};
@@ -27,43 +28,52 @@ use crate::{backend::Missing, binaries, docker::TestImage};
 pub const NAMESPACE: &str = "runner-test-workloads";
 /// The image of every program here.
 pub const IMAGE: &str = "docker.io/runner-test/busybox:1";
+/// The account of the backend: what docs/k8sjob.md says that it may do, and nothing else.
+const SERVICE: &str = "runner";
+/// The account of the tests.
+const TESTER: &str = "tester";
 /// The containerd of the project's own test cluster.
 const CONTAINERD: &str = "/run/test-k8s/containerd.sock";
 /// How long the cluster may take for what it does by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(200);
+/// How long the accounts' tokens are good for: longer than any test.
+const TOKEN_SECONDS: u32 = 24 * 3600;
 
 /// A cluster that answers.
 #[derive(Debug, Clone)]
 pub struct Cluster {
-    /// Its kubeconfig.
-    pub kubeconfig: PathBuf,
+    /// A kubeconfig of the backend's account.
+    service: String,
+    /// One of the tests' own.
+    tester: String,
     /// The node's address, which is this machine's: where pods reach a test.
     pub address: IpAddr,
 }
 
 impl Cluster {
-    /// A client of its API server, with all rights. Of the calling test's own runtime.
+    /// Writes the kubeconfig of the backend's account.
+    ///
+    /// # Panics
+    /// Where it cannot be written.
+    pub fn write_kubeconfig(&self, to: &Path) {
+        fs::write(to, &self.service).expect("write a kubeconfig");
+    }
+
+    /// A client of its API server, with all rights in the namespace. Of the calling test's own runtime.
     ///
     /// # Panics
     /// Where the kubeconfig is no good.
     pub async fn client(&self) -> Client {
-        client(&self.kubeconfig).await.expect("a client of the cluster")
+        let file = Kubeconfig::from_yaml(&self.tester).expect("a kubeconfig");
+        let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+        Client::try_from(config.expect("a kubeconfig with a context")).expect("a client of the cluster")
     }
 
     /// The image of the agents in pods, as the node has it.
-    ///
-    /// # Panics
-    /// Never: `make` has put it there.
     pub fn agent_image() -> String {
         format!("docker.io/library/runner-agent:{}", env!("CARGO_PKG_VERSION"))
     }
-}
-
-async fn client(kubeconfig: &Path) -> Result<Client, String> {
-    let file = Kubeconfig::read_from(kubeconfig).map_err(|error| error.to_string())?;
-    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-    Client::try_from(config.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
 }
 
 /// The cluster that all tests share, with the images on its node and the namespace made.
@@ -75,49 +85,121 @@ async fn client(kubeconfig: &Path) -> Result<Client, String> {
 /// Where there is one and it does not do what it is for: that is a failure, not a missing cluster.
 pub async fn shared() -> Result<Cluster, Missing> {
     static SHARED: OnceCell<Result<Cluster, String>> = OnceCell::const_new();
-    SHARED.get_or_init(find).await.clone().map_err(Missing)
+    let found =
+        || async { tokio::task::spawn_blocking(find).await.expect("looking for a cluster does not panic") };
+    SHARED.get_or_init(found).await.clone().map_err(Missing)
 }
 
-async fn find() -> Result<Cluster, String> {
-    let kubeconfig = std::env::var_os("RUNNER_TEST_KUBECONFIG")
-        .map(PathBuf::from)
-        .ok_or("RUNNER_TEST_KUBECONFIG names no cluster's kubeconfig")?;
-    let client = client(&kubeconfig).await?;
-    let version = tokio::time::timeout(PATIENCE, client.apiserver_version()).await;
-    version.map_err(|_| "the API server does not answer")?.map_err(|error| error.to_string())?;
+fn find() -> Result<Cluster, String> {
+    let admin = std::env::var("RUNNER_TEST_KUBECONFIG")
+        .map_err(|_| "RUNNER_TEST_KUBECONFIG names no cluster's kubeconfig".to_owned())?;
+    let kubectl = |args: &[&str], input: &Value| kubectl(&admin, args, input);
+    kubectl(&["get", "--raw", "/readyz", "--request-timeout=20s"], &Value::Null)?;
     // From here on it is a cluster, and has to work.
-    let nodes: Api<Node> = Api::all(client.clone());
-    let nodes = nodes.list(&ListParams::default()).await.expect("list the nodes");
-    let [node] = &nodes.items[..] else {
-        panic!("the test cluster has one node, this has {}", nodes.items.len())
+    let nodes = kubectl(&["get", "nodes", "--output=json"], &Value::Null).expect("list the nodes");
+    let nodes: Value = serde_json::from_str(&nodes).expect("JSON");
+    let [node] = &nodes["items"].as_array().expect("a list")[..] else {
+        panic!("the test cluster has one node")
     };
-    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-    let address = addresses.into_iter().find(|address| address.type_ == "InternalIP");
-    let address = address.expect("the node has an address").address.parse().expect("an IP address");
-    make_namespace(&client).await;
-    tokio::task::spawn_blocking(load_images).await.expect("loading images does not panic");
-    Ok(Cluster { kubeconfig, address })
+    let addresses = node["status"]["addresses"].as_array().expect("the node has addresses");
+    let address = addresses.iter().find(|address| address["type"] == "InternalIP");
+    let address =
+        address.and_then(|address| address["address"].as_str()?.parse().ok()).expect("an IP address");
+    kubectl(&["apply", "--filename=-"], &accounts()).expect("make the namespace and the accounts");
+    let mut waited = Duration::ZERO;
+    // Pods cannot be made before the cluster has made their account.
+    while kubectl(&["get", "serviceaccount", "default", "--namespace", NAMESPACE], &Value::Null).is_err() {
+        assert!(waited < PATIENCE, "the cluster makes no account for the namespace");
+        std::thread::sleep(POLL);
+        waited += POLL;
+    }
+    let ours = kubectl(&["config", "view", "--raw", "--minify", "--flatten", "--output=json"], &Value::Null);
+    let ours: Value = serde_json::from_str(&ours.expect("read the kubeconfig")).expect("JSON");
+    let kubeconfig = |account: &str| {
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token");
+        let request = json!({
+            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": { "expirationSeconds": TOKEN_SECONDS },
+        });
+        let answer = kubectl(&["create", "--raw", &path, "--filename=-"], &request).expect("ask for a token");
+        let answer: Value = serde_json::from_str(&answer).expect("JSON");
+        json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{ "name": "test", "cluster": ours["clusters"][0]["cluster"] }],
+            "users": [{ "name": account, "user": { "token": answer["status"]["token"] } }],
+            "contexts": [{ "name": "test", "context": { "cluster": "test", "user": account } }],
+            "current-context": "test",
+        })
+        .to_string()
+    };
+    let cluster = Cluster { service: kubeconfig(SERVICE), tester: kubeconfig(TESTER), address };
+    load_images();
+    Ok(cluster)
 }
 
-/// Makes the namespace, and waits until pods can be made in it.
-async fn make_namespace(client: &Client) {
-    let namespaces: Api<Namespace> = Api::all(client.clone());
-    let named = Namespace {
-        metadata: ObjectMeta { name: Some(NAMESPACE.to_owned()), ..ObjectMeta::default() },
-        ..Namespace::default()
+/// The namespace, the backend's account with exactly what docs/k8sjob.md says, and the tests' account.
+fn accounts() -> Value {
+    let account = |name: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": name, "namespace": NAMESPACE },
+        })
     };
-    match namespaces.create(&PostParams::default(), &named).await {
-        Ok(_) => {}
-        Err(KubeError::Api(status)) if status.code == 409 => {}
-        Err(error) => panic!("make the namespace: {error}"),
+    let binding = |name: &str, kind: &str, role: &str| {
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": { "name": name, "namespace": NAMESPACE },
+            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role },
+            "subjects": [{ "kind": "ServiceAccount", "name": name, "namespace": NAMESPACE }],
+        })
+    };
+    json!({
+        "apiVersion": "v1",
+        "kind": "List",
+        "items": [
+            { "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } },
+            account(SERVICE),
+            account(TESTER),
+            {
+                "apiVersion": "rbac.authorization.k8s.io/v1",
+                "kind": "Role",
+                "metadata": { "name": SERVICE, "namespace": NAMESPACE },
+                "rules": [
+                    {
+                        "apiGroups": ["batch"],
+                        "resources": ["jobs"],
+                        "verbs": ["create", "get", "list", "watch", "patch", "delete"],
+                    },
+                    { "apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch", "delete"] },
+                    { "apiGroups": [""], "resources": ["secrets"], "verbs": ["create"] },
+                ],
+            },
+            binding(SERVICE, "Role", SERVICE),
+            binding(TESTER, "ClusterRole", "admin"),
+        ],
+    })
+}
+
+fn kubectl(kubeconfig: &str, args: &[&str], input: &Value) -> Result<String, String> {
+    let input = if input.is_null() { String::new() } else { input.to_string() };
+    let mut child = Command::new("kubectl")
+        .args(["--kubeconfig", kubeconfig])
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("start kubectl: {error}"))?;
+    let mut to = child.stdin.take().ok_or("no pipe")?;
+    // One that reads nothing has ended, and says why.
+    let _ = to.write_all(input.as_bytes());
+    drop(to);
+    let output = child.wait_with_output().map_err(|error| format!("wait for kubectl: {error}"))?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        Err(format!("kubectl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim()))
     }
-    let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), NAMESPACE);
-    let there = async {
-        while accounts.get_opt("default").await.expect("look for the account").is_none() {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, there).await.expect("the cluster makes the namespace's account");
 }
 
 fn load_images() {

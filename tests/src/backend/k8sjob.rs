@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -32,6 +33,7 @@ use runner_core::{
     task::{TaskKind, spawn},
 };
 use serde_json::json;
+use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -114,6 +116,7 @@ impl Surface {
 /// The harness of the Kubernetes backend.
 #[derive(Debug)]
 pub struct K8sJobHarness {
+    dir: TempDir,
     cluster: Cluster,
     instance: String,
     surface: Option<Surface>,
@@ -129,9 +132,14 @@ enum Foreign {
 }
 
 /// The settings of a backend on the test cluster: many pods fit beside one another, since nearly nothing is reserved.
-pub fn config(cluster: &Cluster, port: u16) -> K8sJobConfig {
+///
+/// # Panics
+/// Where the kubeconfig cannot be written into the directory.
+pub fn config(cluster: &Cluster, dir: &Path, port: u16) -> K8sJobConfig {
+    let kubeconfig = dir.join("kubeconfig");
+    cluster.write_kubeconfig(&kubeconfig);
     K8sJobConfig {
-        kubeconfig: Some(cluster.kubeconfig.clone()),
+        kubeconfig: Some(kubeconfig),
         namespace: NAMESPACE.to_owned(),
         agent_url: format!("http://{}", SocketAddr::new(cluster.address, port)),
         agent_image: Cluster::agent_image(),
@@ -168,11 +176,14 @@ pub async fn open(config: K8sJobConfig, hub: &Arc<AgentHub>, instance: &str) -> 
 pub async fn make() -> Result<Box<dyn Harness>, Missing> {
     let cluster = cluster::shared().await?;
     let instance = format!("conformance-{:x}", SystemIds.random());
+    let dir =
+        tempfile::Builder::new().prefix("runner-conformance-").tempdir().expect("a temporary directory");
     let surface = Surface::serve(0).await;
-    let backend = open(config(&cluster, surface.address.port()), &surface.hub, &instance).await;
+    let backend = open(config(&cluster, dir.path(), surface.address.port()), &surface.hub, &instance).await;
     let health = backend.health().await.expect("health");
     assert!(health.healthy, "the cluster is there and the backend cannot use it: {}", health.detail);
     Ok(Box::new(K8sJobHarness {
+        dir,
         cluster,
         instance,
         surface: Some(surface),
@@ -242,7 +253,7 @@ impl Harness for K8sJobHarness {
         let port = surface.address.port();
         surface.end().await;
         let surface = Surface::serve(port).await;
-        let backend = open(config(&self.cluster, port), &surface.hub, &self.instance).await;
+        let backend = open(config(&self.cluster, self.dir.path(), port), &surface.hub, &self.instance).await;
         self.backend = Some(Arc::new(backend));
         self.surface = Some(surface);
     }
