@@ -1,7 +1,8 @@
 //! The end of an attempt's workload: asked for, forced, proven; then the removal of what it left.
 //!
 //! The agent ends the program and says so when nothing of it is alive; the pod stays, with the log and the outputs in it. Where
-//! there is no agent, the pod is what is ended: the Job is marked and told to have no pod, so that none comes in its place.
+//! there is no agent, the pod is what is ended: the Job is marked, the pod deleted, and the Job told to have none, so
+//! that whatever comes in its place goes, too.
 
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ use crate::{
 /// How long an agent that runs and is not connected may take to dial.
 const DIAL: Duration = Duration::from_secs(15);
 /// Beyond the grace: how long a node may take to end a pod.
-const POD_DEATH: Duration = Duration::from_secs(60);
+const POD_DEATH: Duration = Duration::from_secs(90);
 /// How long everything of an attempt may take to be removed.
 const REMOVAL: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(250);
@@ -74,8 +75,9 @@ impl Shared {
             if seen.pods.iter().any(|pod| pod.is_over()) && seen.pods.iter().all(PodSeen::is_over) {
                 return Ok(());
             }
-            // One that runs is about to dial; one that does not run never will.
-            let runs = seen.pod().is_some_and(|pod| pod.publish.has_begun() && !pod.publish.has_ended());
+            // One that runs is about to dial; one that does not run never will. Right after a start of the service nobody knows yet.
+            let runs = !self.watch.is_complete()
+                || seen.pod().is_some_and(|pod| pod.publish.has_begun() && !pod.publish.has_ended());
             if !runs || self.clock.monotonic().saturating_sub(begun) > DIAL {
                 break;
             }
@@ -89,22 +91,23 @@ impl Shared {
         let name = self.names.workload(id);
         if job.stopped.is_none() {
             let mark = self.clock.now().as_micros().to_string();
-            // Marked and told at once, so that the end is known for what it is.
-            let patch = Patch::Merge(json!({
-                "metadata": { "annotations": { STOPPED: mark } },
-                "spec": { "parallelism": 0 },
-            }));
-            let parameters = PatchParams::default();
-            let patched = self.jobs.patch(&name, &parameters, &patch);
-            match tokio::time::timeout(REQUEST_TIMEOUT, patched).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) if error::answer(&error) == Answer::NotFound => return Ok(()),
-                Ok(Err(error)) => return Err(error::api(format!("stop the Job of {id}"), error)),
-                Err(_) => return Err(error::substrate(format!("stop the Job of {id}: no answer"))),
+            // Before anything dies, so that the end is known for what it is.
+            let marked = json!({ "metadata": { "annotations": { STOPPED: mark } } });
+            if !self.patch_job(id, &name, marked).await? {
+                return Ok(());
             }
         }
+        // In this order: of a Job without parallelism the controller deletes the pods itself, with their own long grace, and a
+        // kubelet that has begun to wait for one grace does not hear of a shorter one.
+        let (alive, _) = self.alive(id).await?;
+        for pod in &alive {
+            self.delete_pod(pod, grace).await?;
+        }
+        if !self.patch_job(id, &name, json!({ "spec": { "parallelism": 0 } })).await? {
+            return Ok(());
+        }
         let begun = self.clock.monotonic();
-        let mut told = Vec::new();
+        let mut told: Vec<String> = alive.into_iter().map(|pod| pod.uid).collect();
         loop {
             // Asked of the server itself: the watch may not have the newest pod yet.
             let (alive, active) = self.alive(id).await?;
@@ -120,6 +123,22 @@ impl Shared {
                 return Err(error::substrate(format!("end the pod of {id}: it is alive: {seen}")));
             }
             tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Changes the Job. `false`: there is none.
+    async fn patch_job(
+        &self,
+        id: AttemptId,
+        name: &str,
+        change: serde_json::Value,
+    ) -> Result<bool, BackendError> {
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(change));
+        match tokio::time::timeout(REQUEST_TIMEOUT, self.jobs.patch(name, &parameters, &patch)).await {
+            Ok(Ok(_)) => Ok(true),
+            Ok(Err(error)) if error::answer(&error) == Answer::NotFound => Ok(false),
+            Ok(Err(error)) => Err(error::api(format!("stop the Job of {id}"), error)),
+            Err(_) => Err(error::substrate(format!("stop the Job of {id}: no answer"))),
         }
     }
 
