@@ -38,7 +38,7 @@ impl Shared {
             tenant: attempt.tenant.clone(),
             spec: attempt.spec.as_ref().clone(),
             exec,
-            limits: (&self.staging).into(),
+            limits: self.staging.clone(),
         };
         let order = serde_json::to_vec(&order)
             .map(Bytes::from)
