@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
-use std::process::Command;
+use std::{fs, process::Command};
 
 use anyhow::Result;
 
@@ -8,6 +8,15 @@ use crate::{
     agent::{self, Roles},
     check_deps, image, process, setup,
 };
+
+/// Names the kubeconfig of the cluster that tests may use.
+const KUBECONFIG: &str = "RUNNER_TEST_KUBECONFIG";
+/// The backends whose absence is a failure, with commas between.
+const REQUIRED: &str = "RUNNER_REQUIRE_BACKENDS";
+/// The backend that needs a cluster, as it is required and as the tests of it are named.
+const CLUSTER_BACKEND: &str = "k8sjob";
+/// How many of a cluster's tests run at once. More do not end earlier: the one node has two cores to start pods with.
+const CLUSTER_THREADS: u32 = 8;
 
 /// Sets up, then checks and tests everything. With filters: only the tests that they name.
 pub(crate) fn run(filters: &[String]) -> Result<()> {
@@ -28,17 +37,60 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     // All at once, with the features that the tests have too: the programs that tests start are built once, here.
     process::run(cargo()?.args(["build", "--workspace", "--all-targets"]))?;
     agent::run(false, Roles::Shim)?;
-    if std::env::var_os("RUNNER_TEST_KUBECONFIG").is_some() {
+    let required = std::env::var(REQUIRED).unwrap_or_default();
+    let on_cluster = std::env::var_os(KUBECONFIG).is_some() || required.contains(CLUSTER_BACKEND);
+    if on_cluster {
         // Only pods have a use for it, and it takes long to build.
         image::run(false)?;
     }
+    // A cluster's tests wait for its node nearly all the time, and a busy node is late: so they run beside one another, in
+    // numbers, and beside nothing else.
+    let mut on_this_machine = tests(&[])?;
+    on_this_machine.env_remove(KUBECONFIG).env(REQUIRED, required.replace(CLUSTER_BACKEND, ""));
+    let mut failed = process::run(on_this_machine.args(to_programs(filters, None))).err();
+    if on_cluster {
+        let mut on_the_cluster = tests(&cluster_tests()?)?;
+        let outcome = process::run(on_the_cluster.args(to_programs(filters, Some(CLUSTER_THREADS)))).err();
+        failed = failed.or(outcome);
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+/// `cargo test`, of everything or of these test targets.
+fn tests(only: &[String]) -> Result<Command> {
     let mut test = cargo()?;
     test.env("RUNNER_TEST_BINARIES", process::target()?.join("debug"));
+    // Always the whole workspace: another selection has other features, and is built anew.
     test.args(["test", "--workspace", "--no-fail-fast"]);
-    if !filters.is_empty() {
-        test.arg("--").args(filters);
+    for name in only {
+        test.args(["--test", name]);
     }
-    process::run(&mut test)
+    Ok(test)
+}
+
+/// What goes to the tests' own programs.
+fn to_programs(filters: &[String], threads: Option<u32>) -> Vec<String> {
+    let mut all: Vec<String> = filters.to_vec();
+    all.extend(threads.map(|threads| format!("--test-threads={threads}")));
+    if !all.is_empty() {
+        all.insert(0, "--".to_owned());
+    }
+    all
+}
+
+/// The test targets that need a cluster: those with its backend in their names.
+fn cluster_tests() -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(process::root()?.join("tests/tests"))? {
+        let name = entry?.file_name();
+        if let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".rs"))
+            && name.contains(CLUSTER_BACKEND)
+        {
+            all.push(name.to_owned());
+        }
+    }
+    all.sort();
+    Ok(all)
 }
 
 fn cargo() -> Result<Command> {
