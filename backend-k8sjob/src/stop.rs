@@ -176,7 +176,10 @@ impl Shared {
         let workload = self.workload(id);
         let removed = {
             let _verbs = workload.verbs.lock().await;
-            match self.job(id).await? {
+            // What the watch has need not be asked for: one that is gone by now is found to be gone when it is deleted.
+            let known = self.watch.seen(id).job;
+            let job = if known.is_some() { known } else { self.job(id).await? };
+            match job {
                 None => Ok(()),
                 Some(job) => self.remove_job(id, &job).await,
             }
@@ -211,10 +214,13 @@ impl Shared {
         }
         let begun = self.clock.monotonic();
         let mut changes = self.watch.changes(id);
+        // Once the watch has had it, its going is proof; before that, nothing there may be news that has not come.
+        let mut known = false;
         loop {
             changes.borrow_and_update();
             let seen = self.watch.seen(id);
-            if seen.job.is_none() && seen.pods.is_empty() && self.job(id).await?.is_none() {
+            known |= seen.job.is_some();
+            if seen.job.is_none() && seen.pods.is_empty() && (known || self.job(id).await?.is_none()) {
                 return Ok(());
             }
             if self.clock.monotonic().saturating_sub(begun) > REMOVAL {

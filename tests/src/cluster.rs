@@ -19,10 +19,11 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
-use crate::{backend::Missing, binaries, docker::TestImage};
+use crate::{backend::Missing, binaries, docker::TestImage, proc};
 
 /// Where every workload of a test is.
 pub const NAMESPACE: &str = "runner-test-workloads";
@@ -226,4 +227,28 @@ pub fn import(archive: &[u8]) {
     drop(to);
     let status = child.wait().expect("wait for ctr");
     assert!(status.success(), "ctr: {status}");
+}
+
+/// A program of the test cluster itself that does nothing as long as this lives.
+#[derive(Debug)]
+pub struct Daemon(Pid);
+
+impl Daemon {
+    /// Stops the one process of this machine whose program has that name.
+    ///
+    /// # Panics
+    /// Where there is none or more than one.
+    pub fn stop(name: &str) -> Self {
+        let found = proc::pids_of_program(name);
+        let [pid] = found[..] else { panic!("there is one {name} on this machine, not {found:?}") };
+        let pid = Pid::from_raw(pid).expect("a pid");
+        rustix::process::kill_process(pid, Signal::STOP).expect("stop it");
+        Self(pid)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = rustix::process::kill_process(self.0, Signal::CONT);
+    }
 }

@@ -2,6 +2,7 @@
 //! under test, so that a leak cannot hide behind the bookkeeping that made it.
 
 use std::{
+    ffi::OsStr,
     fs,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
@@ -179,6 +180,15 @@ fn groups_named(name: &str, dir: &Path, found: &mut Vec<PathBuf>) {
             groups_named(name, &entry.path(), found);
         }
     }
+}
+
+/// Live processes whose program lies in a file of this name.
+pub fn pids_of_program(name: &str) -> Vec<i32> {
+    let is = |pid: &i32| {
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        program.file_name() == Some(OsStr::new(name)) && alive(*pid)
+    };
+    pids().filter(is).collect()
 }
 
 /// Control groups of every hierarchy with `name` in their own name.

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{Ipv4Addr, SocketAddr, TcpListener as StdListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
@@ -16,7 +16,7 @@ use tokio::{
 };
 use worker_client::{Builder, Client, Event, Finished, RetryPolicy, StreamOptions, proto};
 
-use crate::{binaries, proc, said};
+use crate::{binaries, port::free_address, proc, said};
 
 /// What a test waits at most for anything.
 pub const DEADLINE: Duration = Duration::from_secs(120);
@@ -59,12 +59,6 @@ pub struct Service {
     settings: Vec<(String, String)>,
     process: Option<Child>,
     starts: u32,
-}
-
-/// A port of the loopback that nobody listens on now.
-fn free_address() -> SocketAddr {
-    let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("its address")
 }
 
 impl Service {

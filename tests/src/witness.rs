@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex},
 };
 
@@ -23,8 +23,18 @@ type Seen = Arc<Mutex<BTreeMap<String, u32>>>;
 #[derive(Debug)]
 pub struct Witness {
     seen: Seen,
-    /// Where programs say that they start; else an engine says it of its containers.
-    address: Option<SocketAddr>,
+    told: Told,
+}
+
+/// Who tells of a start.
+#[derive(Debug, Clone, Copy)]
+enum Told {
+    /// The program, by bash.
+    Bash(SocketAddr),
+    /// The program, by busybox.
+    Netcat(SocketAddr),
+    /// An engine, of its containers.
+    Engine,
 }
 
 fn count(seen: &Seen, attempt: &str) {
@@ -34,8 +44,19 @@ fn count(seen: &Seen, attempt: &str) {
 impl Witness {
     /// Programs that start say so on a socket of the loopback. They need bash and the network `egress`.
     pub async fn listen() -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("listen");
-        let address = Some(listener.local_addr().expect("its address"));
+        let (seen, address) = Self::heard(Ipv4Addr::LOCALHOST.into()).await;
+        Self { seen, told: Told::Bash(address) }
+    }
+
+    /// Programs that start say so on a socket of this address. They need busybox and the network `egress`.
+    pub async fn listen_on(address: IpAddr) -> Self {
+        let (seen, address) = Self::heard(address).await;
+        Self { seen, told: Told::Netcat(address) }
+    }
+
+    async fn heard(address: IpAddr) -> (Seen, SocketAddr) {
+        let listener = TcpListener::bind((address, 0)).await.expect("listen");
+        let address = listener.local_addr().expect("its address");
         let seen = Seen::default();
         let to = Arc::clone(&seen);
         let listening = async move {
@@ -47,7 +68,7 @@ impl Witness {
             }
         };
         drop(spawn(TaskKind::Helper, "witness", listening));
-        Self { seen, address }
+        (seen, address)
     }
 
     /// An engine tells when it starts a container that has the label of an attempt.
@@ -71,18 +92,25 @@ impl Witness {
             }
         };
         drop(spawn(TaskKind::Helper, "witness", listening));
-        Self { seen, address: None }
+        Self { seen, told: Told::Engine }
     }
 
     /// A run of a shell script whose start is witnessed.
     pub fn script(&self, script: &str) -> RunSpec {
-        let Some(address) = self.address else { return RunSpec::command(["sh", "-c", script]) };
-        let (ip, port) = (address.ip(), address.port());
-        let script = format!(
-            r#"echo "$RUNNER_RUN_ID.$RUNNER_ATTEMPT" > /dev/tcp/{ip}/{port} || exit 98
-            {script}"#
-        );
-        RunSpec::command(["bash", "-c", &script]).network_egress()
+        let name = r#"echo "$RUNNER_RUN_ID.$RUNNER_ATTEMPT""#;
+        match self.told {
+            Told::Engine => RunSpec::command(["sh", "-c", script]),
+            Told::Bash(address) => {
+                let (ip, port) = (address.ip(), address.port());
+                let script = format!("{name} > /dev/tcp/{ip}/{port} || exit 98\n{script}");
+                RunSpec::command(["bash", "-c", &script]).network_egress()
+            }
+            Told::Netcat(address) => {
+                let (ip, port) = (address.ip(), address.port());
+                let script = format!("{name} | nc {ip} {port} || exit 98\n{script}");
+                RunSpec::command(["sh", "-c", &script]).network_egress()
+            }
+        }
     }
 
     /// Asserts that this run had one attempt, started once.

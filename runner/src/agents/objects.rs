@@ -3,8 +3,9 @@
 use bytes::Bytes;
 use futures::{StreamExt as _, stream, stream::BoxStream};
 use runner_core::{
-    artifact::{ArtifactError, ArtifactErrorKind, ArtifactKey, ByteStream},
+    artifact::{ArtifactError, ArtifactErrorKind, ArtifactKey, ByteStream, MANIFEST_NAME},
     backend::AttemptContext,
+    crash,
 };
 use runner_proto::agent as wire;
 use tonic::{Code, Status, Streaming};
@@ -108,5 +109,10 @@ pub(super) async fn write(
             Err(status) => (cut_off(status.message().to_owned()), (None, pieces, true)),
         })
     });
-    attempt.artifacts.put(&key, bytes.boxed()).await.map_err(failed)
+    let size = attempt.artifacts.put(&key, bytes.boxed()).await.map_err(failed)?;
+    let prefix = ArtifactKey::attempt_prefix(&attempt.tenant, attempt.attempt);
+    // Where the service may die: the same as beneath backends that stage in its process.
+    let is_manifest = key.to_string() == format!("{prefix}/{MANIFEST_NAME}");
+    crash::point(if is_manifest { "outputs.manifest-stored" } else { "outputs.file-stored" });
+    Ok(size)
 }

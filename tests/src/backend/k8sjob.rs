@@ -151,6 +151,40 @@ pub fn config(cluster: &Cluster, dir: &Path, port: u16) -> K8sJobConfig {
     }
 }
 
+/// Settings of a service with this backend, as variables of its environment.
+///
+/// They say that the cluster enforces network policies, so that a spec may be the same as on other backends. It does not; no
+/// test with these settings is about networks.
+///
+/// # Panics
+/// Where the kubeconfig cannot be written into the directory.
+pub fn settings(
+    cluster: &Cluster,
+    dir: &Path,
+    listen: SocketAddr,
+    more: &str,
+) -> Vec<(&'static str, String)> {
+    let config = config(cluster, dir, listen.port());
+    let (kubeconfig, image) =
+        (config.kubeconfig.unwrap_or_default(), config.default_image.unwrap_or_default());
+    let backend = format!(
+        "[{{ kind = 'k8sjob', name = 'k8sjob', kubeconfig = '{}', namespace = '{}', agent_url = '{}', agent_image = '{}', \
+         default_image = '{image}', pull_policy = 'Never', cpu_request_percent = {}, memory_request_percent = {}, \
+         enforces_network_policies = true{more} }}]",
+        kubeconfig.display(),
+        config.namespace,
+        config.agent_url,
+        config.agent_image,
+        config.cpu_request_percent,
+        config.memory_request_percent,
+    );
+    vec![
+        ("RUNNER_AGENT_LISTEN", listen.to_string()),
+        ("RUNNER_BACKENDS", backend),
+        ("RUNNER_DEFAULT_BACKEND", "k8sjob".to_owned()),
+    ]
+}
+
 /// Opens a backend whose agents meet it at this hub.
 ///
 /// # Panics

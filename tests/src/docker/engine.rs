@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::SocketAddr,
     os::unix::{net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -16,7 +16,7 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use rustix::process::{Pid, Signal};
 
 use super::tls::{self, ClientCertificate};
-use crate::{backend::Missing, place::Place, proc, said};
+use crate::{backend::Missing, place::Place, port::free_address, proc, said};
 
 /// How often an engine is looked at until it answers, or has ended: for 60 seconds.
 const LOOKS: u32 = 1200;
@@ -320,10 +320,4 @@ fn send(daemon: &Child, signal: Signal) {
     if let Some(pid) = i32::try_from(daemon.id()).ok().and_then(Pid::from_raw) {
         let _ = rustix::process::kill_process(pid, signal);
     }
-}
-
-/// A port of the loopback that nobody listens on now.
-fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("its address")
 }
