@@ -173,15 +173,17 @@ async fn an_image_that_cannot_be_had_is_told_as_such() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_that_no_node_takes_is_told_as_such() {
-    // All of a program's cpu is reserved, and no node has so much.
-    let Some(scene) = scene("no node", ", unschedulable_seconds = 3, cpu_request_percent = 100").await else {
+    // No node has such a label.
+    let Some(scene) =
+        scene("no node", ", unschedulable_seconds = 3, node_selector = { runner-test = 'none' }").await
+    else {
         return;
     };
     let client = scene.service.client();
-    let run = start(&client, sh("echo never").cpu_millis(64_000)).await;
+    let run = start(&client, sh("echo never")).await;
     let watched = watch(&client, &run, "").await;
     assert_eq!(watched.end().cause(), proto::Cause::Unschedulable, "{:?}", watched.end());
-    assert!(watched.end().outcome.message.contains("cpu"), "{:?}", watched.end());
+    assert!(watched.end().outcome.message.contains("node(s)"), "{:?}", watched.end());
     scene.assert_clean(&[&run]).await;
 }
 
