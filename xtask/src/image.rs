@@ -1,5 +1,5 @@
-//! Images, made from nothing: a layer with one program, and a configuration. Neither an engine nor a registry is needed, and the
-//! same program makes the same bytes.
+//! Images, made from nothing: a layer with a program, perhaps another beside it, and a configuration. Neither an engine nor a registry is needed, and the
+//! same programs make the same bytes.
 
 use std::{
     fs::{self, File},
@@ -19,15 +19,60 @@ use crate::{
 /// Who programs run as where nobody says: nobody that a machine knows.
 const USER: u32 = 65532;
 
-/// Builds the agent's image into the target's folder: an archive that `docker load` and `ctr images import` take.
+/// Which images, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    agent: bool,
+    service: bool,
+    release: bool,
+}
+
+impl Wanted {
+    /// What the words behind `cargo xtask image` ask for. `None`: something else.
+    pub(crate) fn parse(words: &[String]) -> Option<Self> {
+        let mut wanted = Self { agent: false, service: false, release: false };
+        for word in words {
+            let flag = match word.as_str() {
+                "agent" => &mut wanted.agent,
+                "service" => &mut wanted.service,
+                "--release" => &mut wanted.release,
+                _ => return None,
+            };
+            *flag = true;
+        }
+        if !wanted.agent && !wanted.service {
+            (wanted.agent, wanted.service) = (true, true);
+        }
+        Some(wanted)
+    }
+
+    /// All, as tests use them.
+    pub(crate) const ALL: Self = Self { agent: true, service: true, release: false };
+}
+
+/// Builds images into the target's folder: archives that `docker load` and `ctr images import` take.
 ///
 /// # Errors
-/// Where the agent cannot be built, or the archive not be written.
-pub(crate) fn run(release: bool) -> Result<()> {
-    let program = agent::run(release, Roles::Pod)?;
-    let name = format!("docker.io/library/runner-agent:{}", env!("CARGO_PKG_VERSION"));
-    let place = agent::folder(release)?.join("runner-agent-image.tar");
-    write(&program, "runner-agent", &name, &place)?;
+/// Where a program cannot be built, or an archive not be written.
+pub(crate) fn run(wanted: Wanted) -> Result<()> {
+    let Wanted { release, .. } = wanted;
+    if wanted.agent {
+        let program = agent::run(release, Roles::Pod)?;
+        image(release, "runner-agent", &[("runner-agent", &program)])?;
+    }
+    if wanted.service {
+        let program = agent::service(release)?;
+        // The Docker backend puts the shim into containers, and looks for it beside the service.
+        let shim = agent::run(release, Roles::Shim)?;
+        image(release, "runner", &[("runner", &program), ("runner-agent-static", &shim)])?;
+    }
+    Ok(())
+}
+
+fn image(release: bool, of: &str, programs: &[(&str, &Path)]) -> Result<()> {
+    let name = format!("docker.io/library/{of}:{}", env!("CARGO_PKG_VERSION"));
+    let place = agent::folder(release)?.join(format!("{of}-image.tar"));
+    write(programs, &name, &place)?;
     let bytes = fs::metadata(&place)?.len();
     process::say(&format!("{}: {name}, {:.1} MiB", place.display(), megabytes(bytes)));
     Ok(())
@@ -58,14 +103,15 @@ fn header(bytes: u64, mode: u32) -> tar::Header {
     header
 }
 
-/// An image with the program at `/NAME`, which it executes as no machine's user.
-fn write(program: &Path, name: &str, tag: &str, place: &Path) -> Result<()> {
-    let layer = layer(program, name)?;
+/// An image with these programs, each at `/NAME`, of which it executes the first as no machine's user.
+fn write(programs: &[(&str, &Path)], tag: &str, place: &Path) -> Result<()> {
+    let (first, _) = programs.first().context("an image has a program")?;
+    let layer = layer(programs, place)?;
     let config = serde_json::to_vec(&json!({
         "architecture": architecture(),
         "os": "linux",
         "created": "1970-01-01T00:00:00Z",
-        "config": { "Entrypoint": [format!("/{name}")], "User": format!("{USER}:{USER}"), "WorkingDir": "/" },
+        "config": { "Entrypoint": [format!("/{first}")], "User": format!("{USER}:{USER}"), "WorkingDir": "/" },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", digest(&layer)?)] },
     }))?;
     let config_name = format!("{}.json", hex::encode(Sha256::digest(&config)));
@@ -90,12 +136,15 @@ fn aside(place: &Path) -> PathBuf {
     place.with_extension(format!("{}.part", std::process::id()))
 }
 
-fn layer(program: &Path, name: &str) -> Result<PathBuf> {
-    let place = aside(&program.with_extension("layer"));
-    let from = File::open(program).with_context(|| format!("open {}", program.display()))?;
-    let length = from.metadata()?.len();
+/// The layer, beside where the image is to be.
+fn layer(programs: &[(&str, &Path)], image: &Path) -> Result<PathBuf> {
+    let place = image.with_extension(format!("layer.{}.part", std::process::id()));
     let mut layer = tar::Builder::new(BufWriter::new(File::create(&place)?));
-    layer.append_data(&mut header(length, 0o755), name, from)?;
+    for (name, program) in programs {
+        let from = File::open(program).with_context(|| format!("open {}", program.display()))?;
+        let length = from.metadata()?.len();
+        layer.append_data(&mut header(length, 0o755), name, from)?;
+    }
     layer.into_inner()?.flush()?;
     Ok(place)
 }
@@ -130,19 +179,21 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_its_program_and_nothing_else() {
+    fn an_image_is_its_programs_and_nothing_else() {
         let dir = std::env::temp_dir().join(format!("xtask-image-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        let (program, place) = (dir.join("program"), dir.join("image.tar"));
+        let (program, beside, place) = (dir.join("program"), dir.join("beside"), dir.join("image.tar"));
         fs::write(&program, b"a program").unwrap();
+        fs::write(&beside, b"another").unwrap();
         let made = || {
-            write(&program, "program", "example.org/p:1", &place).unwrap();
+            let programs = [("program", program.as_path()), ("shim", beside.as_path())];
+            write(&programs, "example.org/p:1", &place).unwrap();
             fs::read(&place).unwrap()
         };
         let archive = made();
         assert_eq!(archive, made(), "the same program makes the same bytes");
         let left: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(left.len(), 2, "{left:?}");
+        assert_eq!(left.len(), 3, "{left:?}");
         fs::remove_dir_all(&dir).unwrap();
 
         let entries_of = entries(&archive);
@@ -154,6 +205,21 @@ mod tests {
         let layer = &entries_of["layer.tar"];
         let expected = format!("sha256:{}", hex::encode(Sha256::digest(layer)));
         assert_eq!(config["rootfs"]["diff_ids"], json!([expected]));
-        assert_eq!(entries(layer), [("program".to_owned(), b"a program".to_vec())].into());
+        let expected = [("program", "a program"), ("shim", "another")];
+        let expected = expected.map(|(name, bytes)| (name.to_owned(), bytes.as_bytes().to_vec()));
+        assert_eq!(entries(layer), expected.into());
+    }
+
+    #[test]
+    fn all_images_are_wanted_where_none_is_named() {
+        let parse =
+            |words: &[&str]| Wanted::parse(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
+        assert_eq!(parse(&[]), Some(Wanted::ALL));
+        assert_eq!(parse(&["agent"]), Some(Wanted { service: false, ..Wanted::ALL }));
+        assert_eq!(
+            parse(&["service", "--release"]),
+            Some(Wanted { agent: false, release: true, ..Wanted::ALL })
+        );
+        assert_eq!(parse(&["--debug"]), None);
     }
 }

