@@ -1,11 +1,14 @@
 //! Who calls. The one place that authentication will replace.
 //!
 //! Callers are not authenticated yet: everyone who reaches the port is the tenant `default`. That is why the service
-//! refuses to listen beyond loopback; see [`loopback_only`].
+//! refuses to listen beyond loopback, unless the operator says in words that whoever reaches the port is trusted; see
+//! [`reachable`].
 
 use std::net::SocketAddr;
 
 use runner_core::{id::TenantId, service::Caller};
+
+use crate::config::UnauthenticatedCallers;
 
 /// The tenant of every caller, as long as callers are not told apart.
 const TENANT: &str = "default";
@@ -34,8 +37,10 @@ impl Authenticator {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "refusing to listen on {address} ({key}): callers are not authenticated, so whoever reaches that address could run \
-     programs here. Listen on a loopback address such as 127.0.0.1:{} and reach it through a tunnel",
-    address.port()
+     programs here. Listen on a loopback address such as 127.0.0.1:{} and reach it through a tunnel; or, where something else \
+     decides who reaches the port, set unauthenticated_callers = {:?}",
+    address.port(),
+    UnauthenticatedCallers::Trusted.as_str()
 )]
 pub struct BeyondLoopback {
     /// The configuration's key.
@@ -44,13 +49,22 @@ pub struct BeyondLoopback {
     pub address: SocketAddr,
 }
 
-/// Refuses an address that others can reach.
+/// Refuses an address that others can reach, unless the operator says that they are trusted.
 ///
 /// # Errors
-/// Where the address is not loopback.
-pub fn loopback_only(key: &'static str, address: SocketAddr) -> Result<(), BeyondLoopback> {
+/// Where the address is not loopback, and nobody said so.
+pub fn reachable(
+    key: &'static str,
+    address: SocketAddr,
+    callers: Option<UnauthenticatedCallers>,
+) -> Result<(), BeyondLoopback> {
     // `::ffff:127.0.0.1` is loopback, too.
-    if address.ip().to_canonical().is_loopback() { Ok(()) } else { Err(BeyondLoopback { key, address }) }
+    let loopback = address.ip().to_canonical().is_loopback();
+    match callers {
+        Some(UnauthenticatedCallers::Trusted) => Ok(()),
+        None if loopback => Ok(()),
+        None => Err(BeyondLoopback { key, address }),
+    }
 }
 
 #[cfg(test)]
@@ -58,13 +72,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_loopback_addresses_pass() {
+    fn others_pass_only_where_the_operator_says_so() {
+        let trusted = Some(UnauthenticatedCallers::Trusted);
         for good in ["127.0.0.1:7600", "127.9.9.9:1", "[::1]:7600", "[::ffff:127.0.0.1]:7600"] {
-            loopback_only("listen", good.parse().unwrap()).unwrap();
+            reachable("listen", good.parse().unwrap(), None).unwrap();
+            reachable("listen", good.parse().unwrap(), trusted).unwrap();
         }
         for bad in ["0.0.0.0:7600", "[::]:7600", "192.0.2.1:7600", "[::ffff:192.0.2.1]:1"] {
-            let error = loopback_only("listen", bad.parse().unwrap()).unwrap_err();
+            let error = reachable("listen", bad.parse().unwrap(), None).unwrap_err();
             assert!(error.to_string().contains(bad), "{error}");
+            assert!(
+                error
+                    .to_string()
+                    .contains("unauthenticated_callers = \"whoever reaches the port is trusted\""),
+                "{error}"
+            );
+            reachable("listen", bad.parse().unwrap(), trusted).unwrap();
         }
     }
 

@@ -56,7 +56,7 @@ enum Output {
 
 #[derive(Debug, Args)]
 struct ConfigArgs {
-    /// A configuration file (TOML). Every key is also a variable: `limits.log_bytes` is RUNNER_LIMITS__LOG_BYTES.
+    /// A configuration file: JSON where its name ends in .json, else TOML. Every key is also a variable: `limits.log_bytes` is RUNNER_LIMITS__LOG_BYTES.
     #[arg(long, value_name = "FILE", env = "RUNNER_CONFIG")]
     config: Option<PathBuf>,
     /// Where state, logs and artifacts are kept.

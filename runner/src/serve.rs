@@ -30,9 +30,9 @@ use serde_json::json;
 use crate::{
     agents::key::{self, AgentKeyError},
     blob::Spool,
-    config::{BackendConfig, Config, objects::ObjectStoreConfig},
+    config::{BackendConfig, Config, UnauthenticatedCallers, objects::ObjectStoreConfig},
     metrics::Metrics,
-    server::{BindError, bind, bind_for_agents},
+    server::{BindError, bind, bind_for_agents, bind_for_operators},
     surfaces::{SurfaceParts, Surfaces},
 };
 
@@ -133,8 +133,8 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         Arc::new(blocking(move || DataDirLock::acquire(&dir)).await?)
     };
     // Before anything is done: a port that is taken is the most likely mistake.
-    let listener = bind("listen", "--listen", config.listen).await?;
-    let ops_listener = bind("ops_listen", "--ops-listen", config.ops_listen).await?;
+    let listener = bind("listen", "--listen", config.listen, config.unauthenticated_callers).await?;
+    let ops_listener = bind_for_operators("ops_listen", "--ops-listen", config.ops_listen).await?;
     let agent_listener = match config.agent_listen {
         Some(address) => Some(bind_for_agents("agent_listen", "--agent-listen", address).await?),
         None => None,
@@ -359,6 +359,7 @@ fn summarise(
         live_runs_max = shown.limits.live_runs,
         log_bytes_max = shown.limits.log_bytes.0,
         drain_secs = shown.shutdown.drain.0.as_secs(),
+        unauthenticated_callers = shown.unauthenticated_callers.map(UnauthenticatedCallers::as_str),
         "the service is ready; callers are not authenticated"
     );
 }

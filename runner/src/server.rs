@@ -30,8 +30,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
 use crate::{
-    auth::{BeyondLoopback, loopback_only},
-    config::ServerConfig,
+    auth::{BeyondLoopback, reachable},
+    config::{ServerConfig, UnauthenticatedCallers},
     metrics::Metrics,
 };
 
@@ -71,7 +71,7 @@ pub enum BindError {
     },
 }
 
-/// Listens on a loopback address.
+/// Listens for callers: on loopback, or where the operator says that whoever reaches the port is trusted.
 ///
 /// # Errors
 /// See [`BindError`].
@@ -79,9 +79,23 @@ pub async fn bind(
     key: &'static str,
     flag: &'static str,
     address: SocketAddr,
+    callers: Option<UnauthenticatedCallers>,
 ) -> Result<TcpListener, BindError> {
-    loopback_only(key, address)?;
-    bind_for_agents(key, flag, address).await
+    reachable(key, address, callers)?;
+    listen(key, flag, address).await
+}
+
+/// Listens for operators, on any address: whoever is served there learns whether the service is well and what it counts. They change
+/// nothing, read nothing of a run, and cost no more than the table `server` allows.
+///
+/// # Errors
+/// See [`BindError`].
+pub async fn bind_for_operators(
+    key: &'static str,
+    flag: &'static str,
+    address: SocketAddr,
+) -> Result<TcpListener, BindError> {
+    listen(key, flag, address).await
 }
 
 /// Listens on any address: whoever is served there must prove who they are on every call.
@@ -89,6 +103,14 @@ pub async fn bind(
 /// # Errors
 /// See [`BindError`].
 pub async fn bind_for_agents(
+    key: &'static str,
+    flag: &'static str,
+    address: SocketAddr,
+) -> Result<TcpListener, BindError> {
+    listen(key, flag, address).await
+}
+
+async fn listen(
     key: &'static str,
     flag: &'static str,
     address: SocketAddr,

@@ -18,7 +18,7 @@ use runner::{
     agents::{self, Agents, LiveAttempts},
     config::Config,
     metrics::Metrics,
-    server::{Server, bind},
+    server::{Server, bind_for_agents},
 };
 use runner_agent::{
     exec::protocol::{ExecSpec, ExitReason, ExitRecord, Namespaces, Root, StartedRecord, name},
@@ -76,7 +76,7 @@ impl Served {
         // Right after another one ended its address may be taken for a moment.
         let listener = within("listen", async {
             loop {
-                match bind("agent_listen", "--agent-listen", address).await {
+                match bind_for_agents("agent_listen", "--agent-listen", address).await {
                     Ok(listener) => return listener,
                     Err(_) => tokio::time::sleep(POLL).await,
                 }

@@ -1,7 +1,11 @@
 //! Puts the layers together: defaults, then the file, then the environment, then flags. Knows of each value where it
 //! came from, so that an error can say it.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
@@ -77,6 +81,14 @@ pub enum ConfigError {
         /// What was found where.
         message: String,
     },
+    /// The file is not JSON, though its name ends as if it were.
+    #[error("the configuration file {} is not JSON", path.display())]
+    NotJson {
+        /// Which.
+        path: PathBuf,
+        /// What was found where.
+        source: serde_json::Error,
+    },
     /// Bad values, all that could be told at once.
     #[error("the configuration is not valid:\n{}", .0.iter().map(|problem| format!("  {problem}")).collect::<Vec<_>>().join("\n"))]
     Invalid(Vec<Problem>),
@@ -85,7 +97,7 @@ pub enum ConfigError {
 /// What the layers are made from. Passed in, so that a test needs no process of its own.
 #[derive(Debug, Clone, Default)]
 pub struct Layers {
-    /// The file and its text.
+    /// The file and its text: JSON where the name ends in `.json`, else TOML.
     pub file: Option<(PathBuf, String)>,
     /// The process's environment, or a part of it.
     pub env: Vec<(String, String)>,
@@ -184,6 +196,18 @@ fn coerce(text: &str, kinds: Kinds) -> Value {
     Value::String(text.to_owned())
 }
 
+/// Reads a file. JSON is for programs that write one, such as Helm: its numbers survive templates, which those of TOML do not.
+fn parse(path: &Path, text: &str) -> Result<Value, ConfigError> {
+    if path.extension().is_some_and(|extension| extension == "json") {
+        return serde_json::from_str(text)
+            .map_err(|source| ConfigError::NotJson { path: path.to_owned(), source });
+    }
+    toml::from_str(text).map_err(|error| ConfigError::NotToml {
+        path: path.to_owned(),
+        message: error.to_string().trim().to_owned(),
+    })
+}
+
 fn set(tree: &mut Value, key: &str, value: Value) {
     let mut at = tree;
     for name in key.split('.') {
@@ -235,10 +259,7 @@ impl Layers {
         let mut problems = Vec::new();
 
         if let Some((path, text)) = self.file {
-            let file: Value = toml::from_str(&text).map_err(|error| ConfigError::NotToml {
-                path: path.clone(),
-                message: error.to_string().trim().to_owned(),
-            })?;
+            let file = parse(&path, &text)?;
             merge(&mut tree, file, "", &Source::File(path), &mut sources);
         }
         let variables: BTreeMap<String, &String> = leaves.keys().map(|key| (variable(key), key)).collect();

@@ -1,6 +1,6 @@
 //! Configuration: one tree, from defaults, file, environment and flags, in this order; validated once.
 //!
-//! The key `limits.log_bytes` is `log_bytes` of the table `limits` in the file (TOML), and the variable
+//! The key `limits.log_bytes` is `log_bytes` of the table `limits` in the file (TOML, or JSON), and the variable
 //! `RUNNER_LIMITS__LOG_BYTES`. Durations are texts such as `30s`, sizes are integers or texts such as `4GiB`. A list as a
 //! variable is written as in the file: `RUNNER_BACKENDS='[{ kind = "local", name = "local" }]'`.
 
@@ -46,10 +46,10 @@ pub struct Config {
     /// `~/.local/share/runner`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_dir: Option<PathBuf>,
-    /// Address of gRPC and of the blob endpoint. Loopback only, as long as callers are not authenticated.
+    /// Address of gRPC and of the blob endpoint. Loopback only, unless `unauthenticated_callers` says that others may reach it.
     #[schemars(with = "String", example = &"127.0.0.1:7600")]
     pub listen: SocketAddr,
-    /// Address of `/healthz`, `/readyz` and `/metrics`. Loopback only, like `listen`.
+    /// Address of `/healthz`, `/readyz` and `/metrics`. May be reached from elsewhere: there is nothing else on it.
     #[schemars(with = "String", example = &"127.0.0.1:7601")]
     pub ops_listen: SocketAddr,
     /// Address that the agents of Kubernetes backends dial. Unlike the others it may be reached from elsewhere: every call on it needs
@@ -57,6 +57,10 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", example = &"0.0.0.0:7602")]
     pub agent_listen: Option<SocketAddr>,
+    /// Callers are not authenticated. To listen beyond loopback all the same, say that whoever reaches `listen` may run programs
+    /// here, and read and write every artifact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unauthenticated_callers: Option<UnauthenticatedCallers>,
     /// The backend of runs that name none.
     #[schemars(with = "String", example = &"local")]
     pub default_backend: BackendName,
@@ -80,6 +84,23 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// What may become an input of a run.
     pub inputs: InputsConfig,
+}
+
+/// What the operator says of callers that nobody authenticates. There is nothing else to be said than this, in these words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum UnauthenticatedCallers {
+    /// Something else than the service decides who reaches the port, and whoever does is trusted with everything on it.
+    #[serde(rename = "whoever reaches the port is trusted")]
+    Trusted,
+}
+
+impl UnauthenticatedCallers {
+    /// The words, as in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Trusted => "whoever reaches the port is trusted",
+        }
+    }
 }
 
 /// What a service is for.
@@ -211,6 +232,7 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 7600)),
             ops_listen: SocketAddr::from(([127, 0, 0, 1], 7601)),
             agent_listen: None,
+            unauthenticated_callers: None,
             default_backend: local.name.clone(),
             traffic: None,
             backends: vec![BackendConfig::Local(local)],

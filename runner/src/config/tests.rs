@@ -53,6 +53,7 @@ const CA_FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/config/inputs.rs
 fn another(key: &str, leaf: &Value, default: Option<&Value>) -> Value {
     if let Some(special) = match key {
         "listen" => Some(json!("127.0.0.1:1234")),
+        "unauthenticated_callers" => Some(json!("whoever reaches the port is trusted")),
         "ops_listen" => Some(json!("127.0.0.1:1235")),
         "data_dir" => Some(json!("/srv/runner")),
         "object_store.url" => Some(json!("file:///srv/objects")),
@@ -173,6 +174,33 @@ fn unknown_keys_and_kinds_are_refused() {
     let bad = problems(load("", &[("RUNNER_LISTN", "127.0.0.1:1")], &[]));
     assert!(bad[0].message.contains("did you mean RUNNER_LISTEN?"), "{bad:?}");
     assert_eq!(problems(load("", &[("RUNNER_LIMITS__NOTHING_LIKE_IT", "1")], &[])).len(), 1);
+}
+
+#[test]
+fn trust_in_callers_is_said_in_these_words_or_not_at_all() {
+    let words = UnauthenticatedCallers::Trusted.as_str();
+    let loaded = load(&format!("unauthenticated_callers = '{words}'"), &[], &[]).unwrap();
+    assert_eq!(loaded.config.unauthenticated_callers, Some(UnauthenticatedCallers::Trusted));
+    assert_eq!(load("", &[], &[]).unwrap().config.unauthenticated_callers, None);
+    for other in ["true", "'yes'", "'trusted'", "''"] {
+        let bad = problems(load(&format!("unauthenticated_callers = {other}"), &[], &[]));
+        assert_eq!(bad[0].key, "unauthenticated_callers", "{bad:?}");
+    }
+}
+
+#[test]
+fn a_file_of_json_says_the_same_as_one_of_toml() {
+    let json = |text: &str| {
+        Layers { file: Some((PathBuf::from("/etc/runner.json"), text.to_owned())), ..Layers::default() }
+            .load()
+    };
+    let toml = load("[limits]\nlog_bytes = 5_000_000_000\n[shutdown]\ndrain = '3s'", &[], &[]).unwrap();
+    let same = json(r#"{"limits": {"log_bytes": 5000000000}, "shutdown": {"drain": "3s"}}"#).unwrap();
+    assert_eq!(same.config, toml.config);
+    assert_eq!(same.sources["shutdown.drain"], Source::File("/etc/runner.json".into()));
+    assert!(matches!(json("[limits]"), Err(ConfigError::NotJson { .. })));
+    let bad = problems(json(r#"{"limits": {"log_bytes": 1.5}}"#));
+    assert_eq!((bad[0].key.as_str(), bad[0].value.as_deref()), ("limits.log_bytes", Some("1.5")));
 }
 
 #[test]

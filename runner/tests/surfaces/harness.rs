@@ -13,7 +13,7 @@ use runner::{
     blob::Spool,
     config::Config,
     metrics::Metrics,
-    server::bind,
+    server::{bind, bind_for_operators},
     surfaces::{SurfaceParts, Surfaces},
 };
 use runner_artifacts::blob::BlobSigner;
@@ -77,8 +77,8 @@ impl Harness {
         let mut config = Config::default();
         change(&mut config);
         let any_port = "127.0.0.1:0".parse().unwrap();
-        let listener = bind("listen", "--listen", any_port).await.unwrap();
-        let ops_listener = bind("ops_listen", "--ops-listen", any_port).await.unwrap();
+        let listener = bind("listen", "--listen", any_port, None).await.unwrap();
+        let ops_listener = bind_for_operators("ops_listen", "--ops-listen", any_port).await.unwrap();
         let clock = Arc::new(MovedClock { real: SystemClock::new(), ahead_secs: AtomicU64::new(0) });
         let as_clock: Arc<dyn Clock> = clock.clone();
         let ids: Arc<dyn IdGen> = Arc::new(SystemIds);

@@ -8,6 +8,10 @@ use std::{
 use runner_store::DataDirLock;
 
 fn runner(args: &[&str]) -> Output {
+    runner_with(args, &[])
+}
+
+fn runner_with(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_runner"));
     // Nothing of the caller's own configuration.
     for (name, _) in std::env::vars_os() {
@@ -15,7 +19,7 @@ fn runner(args: &[&str]) -> Output {
             command.env_remove(name);
         }
     }
-    command.args(args).output().unwrap()
+    command.args(args).envs(env.iter().copied()).output().unwrap()
 }
 
 fn refused(output: &Output, code: i32, part: &str) {
@@ -50,12 +54,28 @@ fn a_data_directory_that_cannot_be_written_is_refused() {
 #[test]
 fn an_address_beyond_loopback_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    for args in [
-        ["--listen", "0.0.0.0:0", "--ops-listen", "127.0.0.1:0"],
-        ["--listen", "127.0.0.1:0", "--ops-listen", "[::]:0"],
-    ] {
+    for address in ["0.0.0.0:0", "[::]:0"] {
+        let args = ["--listen", address, "--ops-listen", "127.0.0.1:0"];
         refused(&serve(dir.path(), &args), 1, "callers are not authenticated");
     }
+}
+
+#[test]
+fn whoever_trusts_callers_may_listen_beyond_loopback_and_operators_may_always() {
+    let dir = tempfile::tempdir().unwrap();
+    // A port that is taken: that it is asked for shows that the address is not refused.
+    let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let args = |listen, ops| {
+        ["serve", "--data-dir", dir.path().to_str().unwrap(), "--listen", listen, "--ops-listen", ops]
+    };
+    let trusted = [("RUNNER_UNAUTHENTICATED_CALLERS", "whoever reaches the port is trusted")];
+    let output = runner_with(&args(&address, "127.0.0.1:0"), &trusted);
+    refused(&output, 1, &format!("{address} (listen) is in use"));
+    let output = runner(&args("127.0.0.1:0", &address));
+    refused(&output, 1, &format!("{address} (ops_listen) is in use"));
+    let output = runner_with(&args(&address, "127.0.0.1:0"), &[("RUNNER_UNAUTHENTICATED_CALLERS", "yes")]);
+    refused(&output, 2, "unauthenticated_callers = \"yes\" (from environment variable");
 }
 
 #[test]
