@@ -65,6 +65,8 @@ pub struct K8sJobConfig {
     pub pull_policy: PullPolicy,
     /// Names of Secrets with registries' credentials.
     pub image_pull_secrets: Vec<String>,
+    /// The service account of the pods. None: the namespace's `default`. Its token is in no pod either way.
+    pub service_account: Option<String>,
     /// Who a program runs as where its spec does not say.
     pub default_user: DefaultUser,
     /// Labels of the nodes to run on.
@@ -115,6 +117,7 @@ impl Default for K8sJobConfig {
             default_image: None,
             pull_policy: PullPolicy::IfNotPresent,
             image_pull_secrets: Vec::new(),
+            service_account: None,
             default_user: DefaultUser::default(),
             node_selector: BTreeMap::new(),
             tolerations: Vec::new(),

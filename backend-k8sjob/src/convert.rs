@@ -191,6 +191,7 @@ pub(crate) fn job(with: &Conversion<'_>) -> Result<Job, BackendError> {
     let user = user(with);
     let pod = PodSpec {
         restart_policy: Some("Never".to_owned()),
+        service_account_name: config.service_account.clone(),
         automount_service_account_token: Some(false),
         enable_service_links: Some(false),
         active_deadline_seconds: Some(seconds(lifetime)),

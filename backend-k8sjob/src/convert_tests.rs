@@ -170,6 +170,7 @@ fn what_an_operator_configures_appears() {
         priority_class: Some("low".into()),
         queue_name: Some("team".into()),
         image_pull_secrets: vec!["registry".into()],
+        service_account: Some("workload".into()),
         ..config()
     };
     let (job, _) = made(&config, &spec());
@@ -178,6 +179,10 @@ fn what_an_operator_configures_appears() {
     assert_eq!(pod["tolerations"][0], serde_json::json!({ "key": "batch", "operator": "Exists" }));
     assert_eq!((&pod["runtimeClassName"], &pod["priorityClassName"]), (&"kata".into(), &"low".into()));
     assert_eq!(pod["imagePullSecrets"][0]["name"], "registry");
+    assert_eq!(
+        (&pod["serviceAccountName"], &pod["automountServiceAccountToken"]),
+        (&"workload".into(), &false.into())
+    );
     assert_eq!(job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], "team");
     assert_eq!(job["spec"]["template"]["metadata"]["labels"]["runner.network"], "egress");
 }

@@ -81,9 +81,22 @@ pub fn agent_image() -> Result<PathBuf, String> {
     static BUILT: Built = OnceLock::new();
     let make = || match std::env::var_os("RUNNER_TEST_BINARIES") {
         Some(folder) => Ok(folder.into()),
-        None => cargo(&["run", "--quiet", "--package", "xtask", "--", "image"]),
+        None => cargo(&["run", "--quiet", "--package", "xtask", "--", "image", "agent"]),
     };
     program(BUILT.get_or_init(make).clone(), "runner-agent-image.tar")
+}
+
+/// The image of the service, as an archive. Made by `cargo xtask image`, which knows how.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn service_image() -> Result<PathBuf, String> {
+    static BUILT: Built = OnceLock::new();
+    let make = || match std::env::var_os("RUNNER_TEST_BINARIES") {
+        Some(folder) => Ok(folder.into()),
+        None => cargo(&["run", "--quiet", "--package", "xtask", "--", "image", "service"]),
+    };
+    program(BUILT.get_or_init(make).clone(), "runner-image.tar")
 }
 
 /// The service. The shim lies beside it.

@@ -48,6 +48,10 @@ pub struct Cluster {
     service: String,
     /// One of the tests' own.
     tester: String,
+    /// The path of the administrator's, who made the cluster.
+    admin: String,
+    /// The node's name.
+    pub node: String,
     /// The node's address, which is this machine's: where pods reach a test.
     pub address: IpAddr,
 }
@@ -71,9 +75,31 @@ impl Cluster {
         Client::try_from(config.expect("a kubeconfig with a context")).expect("a client of the cluster")
     }
 
+    /// Runs `kubectl` as the administrator, with this on its standard input. Answers what it wrote.
+    ///
+    /// # Errors
+    /// What it wrote, where it fails.
+    pub fn kubectl(&self, args: &[&str], input: &Value) -> Result<String, String> {
+        kubectl(&self.admin, args, input)
+    }
+
+    /// The administrator's kubeconfig, for other programs than `kubectl`.
+    pub fn admin(&self) -> &str {
+        &self.admin
+    }
+
     /// The image of the agents in pods, as the node has it.
     pub fn agent_image() -> String {
         format!("docker.io/library/runner-agent:{}", env!("CARGO_PKG_VERSION"))
+    }
+
+    /// Puts the service's image onto the node.
+    ///
+    /// # Panics
+    /// Where it cannot be built, or the node does not take it.
+    pub fn load_service_image() {
+        let archive = binaries::service_image().expect("build the service's image");
+        import(&fs::read(archive).expect("read the service's image"));
     }
 }
 
@@ -106,6 +132,7 @@ fn find() -> Result<Cluster, String> {
     let address = addresses.iter().find(|address| address["type"] == "InternalIP");
     let address =
         address.and_then(|address| address["address"].as_str()?.parse().ok()).expect("an IP address");
+    let name = node["metadata"]["name"].as_str().expect("the node has a name").to_owned();
     kubectl(&["apply", "--filename=-"], &accounts()).expect("make the namespace and the accounts");
     let mut waited = Duration::ZERO;
     // Pods cannot be made before the cluster has made their account.
@@ -133,7 +160,8 @@ fn find() -> Result<Cluster, String> {
         })
         .to_string()
     };
-    let cluster = Cluster { service: kubeconfig(SERVICE), tester: kubeconfig(TESTER), address };
+    let (service, tester) = (kubeconfig(SERVICE), kubeconfig(TESTER));
+    let cluster = Cluster { service, tester, admin: admin.clone(), node: name, address };
     load_images();
     Ok(cluster)
 }

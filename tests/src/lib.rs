@@ -3,6 +3,7 @@
 pub mod artifact;
 pub mod backend;
 pub mod binaries;
+pub mod chart;
 pub mod cluster;
 pub mod crash;
 pub mod docker;
