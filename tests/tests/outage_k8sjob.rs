@@ -2,7 +2,7 @@
 //!
 //! One after the other, and in a program of their own: whoever else uses the cluster meanwhile waits.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use runner_tests::{
     cluster::Daemon,
@@ -47,14 +47,14 @@ async fn an_api_server_that_is_away_for_two_minutes_costs_no_run() {
         watch_for(&client, run, "ready").await;
     }
     let stopped = Daemon::stop("kube-apiserver");
-    let begun = tokio::time::Instant::now();
+    let mut over = pin!(tokio::time::sleep(API_SERVER_AWAY));
     let late = start("echo ready; exit 7").await;
     client.cancel(&cancelled, "enough").await.expect("cancel");
     // What goes by way of the agents needs no API server: the end of the program and of the cancelled one are told.
     let watched = watch(&client, &ends, "").await;
     assert_eq!(watched.end().exit_code(), Some(5), "{:?}", watched.end());
     assert_eq!(String::from_utf8_lossy(&watched.out), "ready\ndone\n");
-    tokio::time::sleep_until(begun + API_SERVER_AWAY).await;
+    over.as_mut().await;
     drop(stopped);
     let watched = watch(&client, &cancelled, "").await;
     assert_eq!(watched.end().state, proto::RunState::Cancelled, "{:?}", watched.end());
@@ -82,7 +82,7 @@ async fn a_kubelet_that_is_away_costs_no_run() {
         watch_for(&client, run.id(), "ready").await;
     }
     let stopped = Daemon::stop("kubelet");
-    let begun = tokio::time::Instant::now();
+    let mut over = pin!(tokio::time::sleep(KUBELET_AWAY));
     let late = client.run(RunSpec::command(["sh", "-c", "exit 7"])).await.expect("run");
     cancelled.cancel("enough").await.expect("cancel");
     let watched = watch(&client, ends.id(), "").await;
@@ -90,7 +90,7 @@ async fn a_kubelet_that_is_away_costs_no_run() {
     assert_eq!(String::from_utf8_lossy(&watched.out), "ready\ndone\n");
     let watched = watch(&client, cancelled.id(), "").await;
     assert_eq!(watched.end().state, proto::RunState::Cancelled, "{:?}", watched.end());
-    tokio::time::sleep_until(begun + KUBELET_AWAY).await;
+    over.as_mut().await;
     drop(stopped);
     let watched =
         eventually("the run that came meanwhile", async || Some(watch(&client, late.id(), "").await)).await;
