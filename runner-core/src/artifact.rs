@@ -32,14 +32,16 @@ impl ArtifactKey {
         format!("{}/{rest}", self.0).parse()
     }
 
-    /// Everything of a run: `runs/TENANT/RUN`. Deleting this prefix deletes the run's artifacts.
+    /// Everything of a run: `runs/TENANT/RUN`, or `shadows/TENANT/RUN` where it is a shadow, which no caller can name.
+    /// Deleting this prefix deletes the run's artifacts.
     pub fn run_prefix(tenant: &TenantId, run: RunId) -> Self {
-        Self(format!("runs/{tenant}/{run}"))
+        let space = if run.is_shadow() { "shadows" } else { "runs" };
+        Self(format!("{space}/{tenant}/{run}"))
     }
 
     /// Everything of an attempt. Two attempts share no key, so a retry never mixes their files.
     pub fn attempt_prefix(tenant: &TenantId, attempt: AttemptId) -> Self {
-        Self(format!("runs/{tenant}/{}/{}", attempt.run, attempt.number))
+        Self(format!("{}/{}", Self::run_prefix(tenant, attempt.run), attempt.number))
     }
 
     /// What a run stores below a destination of its outputs: `DESTINATION/RUN`.

@@ -34,6 +34,16 @@ pub const REMOVAL_POINTS: &[&str] = &[
     "removal.done",
 ];
 
+/// Every crash point of a shadow, from its primary's end on, in their order.
+pub const SHADOW_POINTS: &[&str] = &[
+    "shadow.before-accept",
+    "shadow.accepted",
+    "shadow.before-verdict",
+    "shadow.judged",
+    "shadow.orphan-cancelled",
+    "shadow.orphan-removed",
+];
+
 /// Kills the process here when `RUNNER_CRASH_AT` names this point (`NAME` or `NAME:N` for its N-th passage).
 #[inline]
 pub fn point(name: &'static str) {
@@ -58,7 +68,8 @@ mod armed {
     static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
 
     pub(super) fn point(name: &'static str) {
-        let listed = super::POINTS.contains(&name) || super::REMOVAL_POINTS.contains(&name);
+        let listed = [super::POINTS, super::REMOVAL_POINTS, super::SHADOW_POINTS];
+        let listed = listed.into_iter().flatten().any(|listed| *listed == name);
         debug_assert!(listed, "crash point {name} is not listed");
         let armed = ARMED.get_or_init(|| {
             let value = std::env::var("RUNNER_CRASH_AT").ok().filter(|value| !value.is_empty())?;

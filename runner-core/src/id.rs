@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 /// A name or an id that does not have the form it must have.
@@ -37,6 +38,27 @@ impl RunId {
     /// The UUID within.
     pub const fn as_uuid(&self) -> &Uuid {
         &self.0
+    }
+
+    /// Bytes 6 to 8 of every shadow's id: version 8 (RFC 9562, "custom"), its variant, and 18 bits that tell a shadow's id from
+    /// other ids of that version. No run that a caller names may have it.
+    pub const SHADOW_MARK: [u8; 3] = [0x85, 0xad, 0xb5];
+
+    /// The id of this run's shadow: always the same one, so that however often a shadow is begun, there is one. It keeps the
+    /// first six bytes, which are the time where the service chose the id, then has the mark, and then 56 bits of SHA-256.
+    #[must_use]
+    pub fn shadow(self) -> Self {
+        let own = self.0.as_bytes();
+        let digest = Sha256::new().chain_update(b"runner shadow\0").chain_update(own).finalize();
+        let mut id = *own;
+        id[6..9].copy_from_slice(&Self::SHADOW_MARK);
+        id[9..].copy_from_slice(&digest[..7]);
+        Self(Uuid::from_bytes(id))
+    }
+
+    /// Whether this is the id of a shadow. Shadows are runs of the service's own: no caller sees them.
+    pub fn is_shadow(self) -> bool {
+        self.0.as_bytes()[6..9] == Self::SHADOW_MARK
     }
 }
 
@@ -178,6 +200,18 @@ mod tests {
     fn an_attempt_id_reads_back_what_it_prints() {
         let id = AttemptId { run: RunId::new(Uuid::from_u128(7)), number: 3 };
         assert_eq!(id.to_string().parse(), Ok(id));
+    }
+
+    #[test]
+    fn a_shadow_s_id_is_told_from_every_other() {
+        let run = RunId::new(Uuid::from_u128(0x0193_0000_0000_7000_8000_0000_0000_0001));
+        assert!(!run.is_shadow() && run.shadow().is_shadow());
+        // What is stored with runs: not to be changed by a release.
+        assert_eq!(run.shadow().to_string(), "01930000-0000-85ad-b53e-65eacf8bc176");
+        assert_eq!(run.shadow().as_uuid().get_version_num(), 8);
+        assert_eq!(run.shadow().as_uuid().get_variant(), uuid::Variant::RFC4122);
+        let other = RunId::new(Uuid::from_u128(0x0193_0000_0000_7000_8000_0000_0000_0002));
+        assert_ne!(run.shadow(), other.shadow());
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod limits;
 pub mod log;
 pub mod outcome;
 pub mod service;
+pub mod shadow;
 pub mod spec;
 pub mod state;
 pub mod store;

@@ -122,4 +122,55 @@ impl Limits {
         fill(&mut spec.retry.max_backoff, self.max_backoff, true);
         spec
     }
+
+    /// A spec that [`apply`](Self::apply) filled in for one backend, as it would have been for another: a limit that has the default's
+    /// value and that the other cannot enforce goes, one that only the other can enforce comes.
+    ///
+    /// Whoever asked for exactly the default's value gets no weaker promise by this where the other backend was found able to
+    /// honour what they sent.
+    #[must_use]
+    pub fn apply_anew(&self, mut spec: RunSpec, can: &Capabilities) -> RunSpec {
+        fn drop_default<T: PartialEq>(field: &mut Option<T>, bound: Bound<T>, supported: bool) {
+            if !supported && *field == bound.default {
+                *field = None;
+            }
+        }
+        let resources = &mut spec.resources;
+        drop_default(&mut resources.cpu_millis, self.cpu_millis, can.cpu_limit);
+        drop_default(&mut resources.memory_bytes, self.memory_bytes, can.memory_limit);
+        drop_default(
+            &mut resources.ephemeral_storage_bytes,
+            self.ephemeral_storage_bytes,
+            can.ephemeral_storage_limit,
+        );
+        drop_default(&mut resources.pids, self.pids, can.pids_limit);
+        drop_default(&mut resources.gpus, self.gpus, can.gpus);
+        drop_default(&mut resources.file_size_bytes, self.file_size_bytes, can.file_size_limit);
+        self.apply(spec, can)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spec_that_was_filled_in_for_one_backend_is_filled_in_for_another() {
+        let limits =
+            Limits { memory_bytes: Bound { default: Some(1 << 20), ceiling: 1 << 30 }, ..Limits::default() };
+        let all = Capabilities::all();
+        let few = Capabilities { pids_limit: false, memory_limit: false, ..Capabilities::all() };
+        for spec in [RunSpec::default(), RunSpec { image: Some("x".to_owned()), ..RunSpec::default() }] {
+            for (from, to) in [(&all, &few), (&few, &all), (&all, &all), (&few, &few)] {
+                let anew = limits.apply_anew(limits.apply(spec.clone(), from), to);
+                assert_eq!(anew, limits.apply(spec.clone(), to));
+                assert_eq!(to.lacks(&anew), []);
+            }
+        }
+        // What was asked for stays, and the backend says that it lacks it.
+        let mut asked = RunSpec { command: vec!["x".to_owned()], ..RunSpec::default() };
+        asked.resources.pids = Some(7);
+        let anew = limits.apply_anew(asked, &few);
+        assert_eq!((anew.resources.pids, few.lacks(&anew).len()), (Some(7), 1));
+    }
 }

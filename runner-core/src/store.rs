@@ -10,6 +10,7 @@ use crate::{
     clock::Timestamp,
     id::{AttemptId, BackendName, IdempotencyKey, RunId, TenantId},
     outcome::Outcome,
+    shadow::{Pair, PairFilter, PairRecord, Stage, Verdict},
     spec::RunSpec,
     state::{Position, RunState},
     traffic::{Decision, Traffic},
@@ -55,7 +56,7 @@ pub enum Accepted {
     Created(RunRecord),
     /// The id, or the key, named a run of the same tenant with the same digest. Nothing changed.
     Existing(RunRecord),
-    /// The id or the key is taken by another spec, or the id by another tenant. Nothing changed.
+    /// The id or the key is taken by another spec, or the id by another tenant; or it is a shadow's that is not to be. Nothing changed.
     Conflict {
         /// `run_id` or `idempotency_key`.
         field: &'static str,
@@ -133,6 +134,11 @@ impl NewRun {
 }
 
 impl RunRecord {
+    /// Version of the traffic's state that placed it; 0: none did, or nothing is known of it.
+    pub fn placed_by(&self) -> u64 {
+        self.decision.as_ref().map_or(0, |decision| decision.version)
+    }
+
     /// The current or last attempt. `None` before the first.
     pub fn attempt(&self) -> Option<AttemptId> {
         (self.position.attempt > 0).then_some(AttemptId { run: self.id, number: self.position.attempt })
@@ -249,6 +255,8 @@ pub struct Transition {
     pub events: Vec<RunEvent>,
     /// The run's timers afterwards: the whole set.
     pub timers: Vec<Timer>,
+    /// The pair that the run becomes the primary of. Only a terminal position has one.
+    pub pair: Option<Pair>,
 }
 
 impl Transition {
@@ -261,6 +269,11 @@ impl Transition {
         }
         if terminal && !self.timers.is_empty() {
             return Some("a terminal position leaves no timers");
+        }
+        if let Some(pair) = &self.pair
+            && (!terminal || pair.primary != self.run || self.run.is_shadow())
+        {
+            return Some("a pair belongs to the end of its primary");
         }
         if self.next.attempt < self.expected.attempt {
             return Some("the number of the attempt goes back");
@@ -512,6 +525,11 @@ pub struct LiveRuns {
 /// 11. `names_upload` knows every stored run, whether live or ended, whose spec [names](crate::spec::RunSpec::uploads) the upload.
 /// 12. `set_traffic` stores the state and its entry in the audit log in one transaction, and only over the expected version: of
 ///     several at once over the same version, one is stored. The audit log only grows.
+/// 13. A run whose id [is a shadow's](RunId::is_shadow) counts against no limit and in no number of live runs, and `list` never shows
+///     it. `accept` creates it only where its pair is `Pending` and the removal of its primary was not begun, in one transaction
+///     with the pair's change to `Running`, and answers `Conflict` elsewhere. All other verbs treat it like any run.
+/// 14. A pair is stored by the transition that ends its primary. `judge_pair` stores a verdict only over `Pending` or `Running`. Removing
+///     a primary removes its pair, unless the shadow is still stored: then the pair is `Orphaned`. Removing a shadow removes its pair.
 #[async_trait]
 pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     /// Accepts a run.
@@ -578,6 +596,25 @@ pub trait Store: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<TrafficSet, StoreError>;
     /// Entries of the audit log before number `before`, newest first, at most `max`.
     async fn audit(&self, before: Option<u64>, max: usize) -> Result<Vec<StoredAudit>, StoreError>;
+    /// The pair that a run is the primary, or the shadow, of.
+    async fn pair(&self, run: RunId) -> Result<Option<PairRecord>, StoreError>;
+    /// Pairs at a stage that has no verdict, in the order of their numbers, at most `max`. Rows that do not decode are left out. For
+    /// another stage: [`StoreError::Other`].
+    async fn pairs_at(&self, stage: Stage, max: usize) -> Result<Vec<PairRecord>, StoreError>;
+    /// Stores what came of the pair of this primary. False where it is at no stage that could have a verdict; nothing changed then.
+    async fn judge_pair(
+        &self,
+        primary: RunId,
+        verdict: &Verdict,
+        time: Timestamp,
+    ) -> Result<bool, StoreError>;
+    /// Pairs with a verdict and a number below `before`, those with the highest number first, at most `max`. Rows that do not decode are left out.
+    async fn pairs(
+        &self,
+        filter: &PairFilter,
+        before: Option<u64>,
+        max: usize,
+    ) -> Result<Vec<PairRecord>, StoreError>;
     /// Number of runs that are not terminal, for metrics.
     async fn live_count(&self) -> Result<u64, StoreError>;
     /// Whether the store answers a write and a read.

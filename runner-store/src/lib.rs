@@ -11,6 +11,7 @@ mod connection;
 mod error;
 mod lock;
 mod migrate;
+mod pairs;
 #[cfg(test)]
 mod plan_tests;
 mod read;

@@ -15,6 +15,7 @@ pub(crate) const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0001-runs.sql"),
     include_str!("../migrations/0002-retention.sql"),
     include_str!("../migrations/0003-traffic.sql"),
+    include_str!("../migrations/0004-shadows.sql"),
 ];
 
 /// Brings a database to the newest version.

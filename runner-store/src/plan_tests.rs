@@ -6,12 +6,13 @@ use std::collections::BTreeMap;
 use runner_core::{
     clock::Timestamp,
     id::RunId,
+    shadow::PairFilter,
     state::RunState,
     store::{PageCursor, RunFilter},
 };
 use rusqlite::{Connection, params};
 
-use crate::{migrate, read, write};
+use crate::{migrate, pairs, read, write};
 
 fn database() -> Connection {
     let mut conn = Connection::open_in_memory().unwrap();
@@ -44,6 +45,8 @@ fn fill(conn: &Connection) {
          INSERT INTO events SELECT rn, 2, created, '{}' FROM runs;
          INSERT INTO attempts SELECT rn, 1, 'local', NULL, created, '{}' FROM runs;
          INSERT INTO timers SELECT rn, 'deadline', 1, 1 FROM runs WHERE ended IS NULL;
+         INSERT INTO pairs (primary_id, shadow_id, tenant, primary_backend, shadow_backend, stage, since, judged, differs)
+         SELECT id, randomblob(16), 't', 'a', 'b', iif(ended IS NULL, 'running', 'compared'), 1, ended, rn % 1000 = 0 FROM runs;
          COMMIT;
          ANALYZE;",
     )
@@ -85,6 +88,14 @@ const OF_ONE_RUN: &[&str] = &[
     write::END,
     write::NEXT_EVENT,
     write::CANCEL,
+    pairs::INSERT,
+    pairs::BEGIN,
+    pairs::JUDGE,
+    pairs::SHADOW_REMOVED,
+    pairs::ORPHAN,
+    pairs::PRIMARY_REMOVED,
+    pairs::BY_RUN,
+    pairs::OPEN,
 ];
 
 #[test]
@@ -157,6 +168,21 @@ fn no_listing_sorts_and_a_cursor_is_a_place_in_an_index() {
         assert!(!plan.iter().any(|line| line.contains("SCAN") || line.contains("TEMP B-TREE")), "{plan:#?}");
         let (sql, _) = read::list_sql(&filter, None);
         assert!(!self::plan(&conn, &sql).iter().any(|line| line.contains("TEMP B-TREE")), "{sql}");
+    }
+}
+
+#[test]
+fn no_listing_of_pairs_sorts_or_begins_anew() {
+    let conn = database();
+    fill(&conn);
+    for differing in [false, true] {
+        for image in [None, Some("x".to_owned())] {
+            let filter = PairFilter { image, differing, ..PairFilter::default() };
+            let plan = plan(&conn, &pairs::list_sql(&filter, Some(7)).0);
+            assert!(plan[0].starts_with("SEARCH pairs"), "{plan:#?}");
+            assert_eq!(plan[0].contains("pairs_differing"), differing, "{plan:#?}");
+            assert!(!plan.iter().any(|line| line.contains("TEMP B-TREE")), "{plan:#?}");
+        }
     }
 }
 

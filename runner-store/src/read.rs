@@ -20,6 +20,8 @@ use crate::{
 
 pub(crate) const GET: &str =
     concat!("SELECT ", run_columns!(), " FROM runs r LEFT JOIN specs s ON s.rn = r.rn WHERE r.id = ?1");
+/// See `RunId::is_shadow`.
+pub(crate) const NO_SHADOW: &str = "substr(r.id, 7, 3) <> x'85adb5'";
 pub(crate) const RN: &str = "SELECT rn FROM runs WHERE id = ?1";
 pub(crate) const ATTEMPTS: &str =
     "SELECT number, backend, started, ended, outcome FROM attempts WHERE rn = ?1 ORDER BY number";
@@ -238,6 +240,8 @@ pub(crate) fn list_sql(filter: &RunFilter, after: Option<PageCursor>) -> (String
     if let Some((name, value)) = first_label {
         and(&mut values, "l.name = ? AND l.value = ?", vec![text(name), text(value)]);
     }
+    // Shadows are no caller's.
+    and(&mut values, NO_SHADOW, vec![]);
     if let Some(tenant) = &filter.tenant {
         and(&mut values, "r.tenant = ?", vec![text(tenant.as_str())]);
     }

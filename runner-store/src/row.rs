@@ -6,6 +6,7 @@ use std::{str::FromStr, sync::Arc, time::Duration};
 use runner_core::{
     clock::Timestamp,
     id::RunId,
+    shadow::{Pair, PairRecord, Stage, Verdict},
     state::{Position, RunState},
     store::{
         AttemptRecord, AuditEntry, EndedRun, Inconsistency, RunRecord, StoreError, StoredAudit, StoredEvent,
@@ -104,6 +105,40 @@ pub(crate) fn audit(row: &Row<'_>) -> Result<StoredAudit, Inconsistency> {
         reason: src.get(5, "reason")?,
     };
     Ok(StoredAudit { seq: src.number(0, "seq")?, version: src.number(6, "version")?, entry })
+}
+
+/// Decodes `pn, primary_id, tenant, image, primary_backend, shadow_backend, stage, since, judged, verdict` of `pairs`.
+pub(crate) fn pair(row: &Row<'_>) -> Result<PairRecord, Inconsistency> {
+    let primary = run_id(row, 1, "pairs")?;
+    let src = Source { row, table: "pairs", key: primary.to_string() };
+    let stage: String = src.get(6, "stage")?;
+    let stage = Stage::ALL
+        .into_iter()
+        .find(|known| known.as_str() == stage)
+        .ok_or_else(|| src.wrong("stage", "is not a known stage"))?;
+    let verdict: Option<Verdict> = src.json(9, "verdict")?;
+    let expected = match stage {
+        Stage::Pending | Stage::Running | Stage::Orphaned => None,
+        Stage::Compared | Stage::Skipped => Some(stage),
+    };
+    if verdict.as_ref().map(Verdict::stage) != expected {
+        return Err(src.wrong("verdict", "does not agree with the stage"));
+    }
+    let pair = Pair {
+        primary,
+        tenant: src.parse(2, "tenant")?,
+        image: src.get(3, "image")?,
+        primary_backend: src.parse(4, "primary_backend")?,
+        shadow_backend: src.parse(5, "shadow_backend")?,
+    };
+    Ok(PairRecord {
+        number: src.number(0, "pn")?,
+        pair,
+        stage,
+        since: src.time(7, "since")?.ok_or_else(|| src.wrong("since", "is missing"))?,
+        judged: src.time(8, "judged")?,
+        verdict,
+    })
 }
 
 /// The key of a run's row: the UUID's bytes.

@@ -16,6 +16,7 @@ use runner_core::{
     clock::Timestamp,
     id::RunId,
     outcome::Outcome,
+    shadow::{PairFilter, PairRecord, Stage, Verdict},
     store::{
         Accepted, AttemptRecord, AuditEntry, CancelIntent, CancelRequested, EndedCursor, EndedRun,
         LiveLimits, LiveRuns, NewRun, PageCursor, Removed, RunEvent, RunFilter, RunPage, RunRecord, Store,
@@ -31,7 +32,7 @@ use crate::{
     error::{Fault, OpenError},
     lock::DataDirLock,
     migrate::{self, MIGRATIONS},
-    read, write,
+    pairs, read, write,
     writer::{LiveCounts, Submit, Writer},
 };
 
@@ -282,6 +283,33 @@ impl Store for SqliteStore {
 
     async fn audit(&self, before: Option<u64>, max: usize) -> Result<Vec<StoredAudit>, StoreError> {
         self.read(move |conn| read::audit(conn, before, max)).await
+    }
+
+    async fn pair(&self, run: RunId) -> Result<Option<PairRecord>, StoreError> {
+        self.read(move |conn| pairs::get(conn, run)).await
+    }
+
+    async fn pairs_at(&self, stage: Stage, max: usize) -> Result<Vec<PairRecord>, StoreError> {
+        self.read(move |conn| pairs::at(conn, stage, max)).await
+    }
+
+    async fn judge_pair(
+        &self,
+        primary: RunId,
+        verdict: &Verdict,
+        time: Timestamp,
+    ) -> Result<bool, StoreError> {
+        self.write(pairs::Judge::new(primary, verdict, time)?).await
+    }
+
+    async fn pairs(
+        &self,
+        filter: &PairFilter,
+        before: Option<u64>,
+        max: usize,
+    ) -> Result<Vec<PairRecord>, StoreError> {
+        let filter = filter.clone();
+        self.read(move |conn| pairs::list(conn, &filter, before, max)).await
     }
 
     async fn live_count(&self) -> Result<u64, StoreError> {

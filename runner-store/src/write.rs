@@ -15,7 +15,7 @@ use rusqlite::{CachedStatement, Connection, OptionalExtension as _, named_params
 
 use crate::{
     error::Fault,
-    read,
+    pairs, read,
     row::{self, to_json},
     writer::LiveCounts,
 };
@@ -77,7 +77,7 @@ pub(crate) struct Context<'a> {
 }
 
 impl Context<'_> {
-    fn statement(&self, sql: &str) -> Result<CachedStatement<'_>, Fault> {
+    pub(crate) fn statement(&self, sql: &str) -> Result<CachedStatement<'_>, Fault> {
         Ok(self.conn.prepare_cached(sql)?)
     }
 
@@ -116,9 +116,11 @@ impl Accept {
         Ok(Self { run, limits, spec, event, decision })
     }
 
-    /// The limit that is reached.
+    /// The limit that is reached. A shadow counts against none.
     fn full(&self, live: &LiveCounts) -> Option<(&'static str, u64)> {
-        if live.total() >= self.limits.total {
+        if self.run.id.is_shadow() {
+            None
+        } else if live.total() >= self.limits.total {
             Some(("live_runs", self.limits.total))
         } else if live.of(self.run.tenant.as_str()) >= self.limits.per_tenant {
             Some(("live_runs_per_tenant", self.limits.per_tenant))
@@ -149,13 +151,17 @@ impl Accept {
         let rn = cx.conn.last_insert_rowid();
         cx.statement(INSERT_SPEC)?.execute(params![rn, self.spec])?;
         cx.insert_event(rn, 1, run.time, &self.event)?;
-        for (name, value) in &run.spec.labels {
+        // Labels are there for listings, and no listing shows a shadow.
+        let labels = run.spec.labels.iter().filter(|_| !run.id.is_shadow());
+        for (name, value) in labels {
             cx.statement(INSERT_LABEL)?.execute(params![name, value, created, id, rn])?;
         }
         for upload in run.spec.uploads() {
             cx.statement(INSERT_NAMED)?.execute(params![upload.as_str(), rn])?;
         }
-        cx.live.add(run.tenant.as_str());
+        if !run.id.is_shadow() {
+            cx.live.add(run.tenant.as_str());
+        }
         Ok(true)
     }
 
@@ -199,6 +205,15 @@ impl Verb for Accept {
 
     fn execute(&self, cx: &mut Context<'_>) -> Result<Accepted, Fault> {
         let full = self.full(cx.live);
+        if self.run.id.is_shadow() {
+            return match self.existing(cx)? {
+                Some(answer) => Ok(answer),
+                None if !pairs::begin(cx, self.run.id)? => Ok(Accepted::Conflict { field: "run_id" }),
+                None if self.insert(cx)? => Ok(Accepted::Created(self.run.clone().into_record())),
+                // The pair must not be left without its shadow.
+                None => Err(StoreError::Other("a shadow was neither inserted nor found".to_owned()).into()),
+            };
+        }
         if full.is_none() && self.insert(cx)? {
             return Ok(Accepted::Created(self.run.clone().into_record()));
         }
@@ -270,8 +285,11 @@ impl Verb for Move {
                 row::nanos(*duration)
             ])?;
         }
-        if t.next.state.is_terminal() {
+        if t.next.state.is_terminal() && !t.run.is_shadow() {
             cx.live.remove(&tenant);
+        }
+        if let Some(pair) = &t.pair {
+            pairs::insert(cx, pair, t.time)?;
         }
         Ok(Transitioned::Applied { last_event: u64::try_from(last_event).unwrap_or(0) })
     }
@@ -398,6 +416,8 @@ impl Cancel {
             ended_attempt: None,
             events: vec![RunEvent::Terminated { position: next, outcome: self.in_queue.clone() }],
             timers: Vec::new(),
+            // A cancelled run has no shadow.
+            pair: None,
         })?;
         match end.execute(cx)? {
             Transitioned::Applied { last_event } => {
@@ -459,6 +479,7 @@ impl Verb for Remove {
         for sql in REMOVE {
             removed = cx.statement(sql)?.execute([rn])?;
         }
+        pairs::removed(cx, self.0)?;
         // The last statement is the run's own.
         match removed {
             1 => Ok(Removed::Gone),

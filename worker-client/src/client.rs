@@ -216,6 +216,10 @@ impl Client {
         RunnerClient::new(self.shared.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
+    pub(crate) fn admin(&self) -> AdminClient<Channel> {
+        AdminClient::new(self.shared.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
     pub(crate) fn artifacts(&self) -> ArtifactsClient<Channel> {
         ArtifactsClient::new(self.shared.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
@@ -372,85 +376,6 @@ impl Client {
     /// [`ErrorKind::FailedPrecondition`] where the run takes no input, or none any more.
     pub async fn attach(&self, run_id: impl Into<String>) -> Result<Attachment, ClientError> {
         attach::open(self, run_id.into()).await
-    }
-
-    /// Every configured backend, with its health and capabilities.
-    ///
-    /// # Errors
-    /// Those of any call.
-    pub async fn backends(&self) -> Result<Vec<proto::Backend>, ClientError> {
-        let response = retry::idempotent(self.retry_policy(), || {
-            let mut grpc = AdminClient::new(self.shared.channel.clone());
-            let request = self.request(proto::ListBackendsRequest {});
-            async move {
-                grpc.list_backends(request).await.map_err(|e| ClientError::status("list the backends", e))
-            }
-        });
-        Ok(response.await?.into_inner().backends)
-    }
-
-    /// Where new runs go.
-    ///
-    /// # Errors
-    /// Those of any call.
-    pub async fn traffic(&self) -> Result<proto::Traffic, ClientError> {
-        let response = retry::idempotent(self.retry_policy(), || {
-            let mut grpc = AdminClient::new(self.shared.channel.clone());
-            let request = self.request(proto::GetTrafficRequest {});
-            async move {
-                grpc.get_traffic(request).await.map_err(|e| ClientError::status("ask for the traffic", e))
-            }
-        });
-        Ok(response.await?.into_inner().traffic.unwrap_or_default())
-    }
-
-    /// Changes where new runs go, for operators. Never repeated by itself: a change whose answer was lost is found with
-    /// [`Client::traffic`].
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] where a field is bad; [`ErrorKind::FailedPrecondition`] where the change cannot be made
-    /// as things are.
-    pub async fn change_traffic(
-        &self,
-        change: proto::ChangeTrafficRequest,
-    ) -> Result<proto::Traffic, ClientError> {
-        let mut grpc = AdminClient::new(self.shared.channel.clone());
-        let response = grpc.change_traffic(self.request(change)).await;
-        let response = response.map_err(|e| ClientError::status("change the traffic", e))?;
-        Ok(response.into_inner().traffic.unwrap_or_default())
-    }
-
-    /// Where a run with this spec would go, and why.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] where a field of the spec is bad.
-    pub async fn explain_routing(
-        &self,
-        spec: impl Into<proto::RunSpec>,
-        run_id: impl Into<String>,
-    ) -> Result<proto::ExplainRoutingResponse, ClientError> {
-        let asked = proto::ExplainRoutingRequest { spec: Some(spec.into()), run_id: run_id.into() };
-        let response = retry::idempotent(self.retry_policy(), || {
-            let mut grpc = AdminClient::new(self.shared.channel.clone());
-            let request = self.request(asked.clone());
-            async move {
-                grpc.explain_routing(request).await.map_err(|e| ClientError::status("explain the routing", e))
-            }
-        });
-        Ok(response.await?.into_inner())
-    }
-
-    /// Who changed what: at most `max` entries before number `before` (0: from the newest on), newest first.
-    ///
-    /// # Errors
-    /// Those of any call.
-    pub async fn audit(&self, before: u64, max: u32) -> Result<Vec<proto::AuditEntry>, ClientError> {
-        let response = retry::idempotent(self.retry_policy(), || {
-            let mut grpc = AdminClient::new(self.shared.channel.clone());
-            let request = self.request(proto::ListAuditRequest { page_size: max, before });
-            async move { grpc.list_audit(request).await.map_err(|e| ClientError::status("read the audit log", e)) }
-        });
-        Ok(response.await?.into_inner().entries)
     }
 }
 

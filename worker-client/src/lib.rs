@@ -41,6 +41,7 @@ mod http_client;
 mod list;
 mod manifest_path;
 mod note;
+mod operator;
 mod outcome;
 mod retry;
 mod spec;

@@ -3,4 +3,5 @@
 pub mod artifact;
 pub mod backend;
 pub mod log;
+mod pairs;
 pub mod store;

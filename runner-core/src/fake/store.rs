@@ -7,11 +7,13 @@ use std::{
 
 use async_trait::async_trait;
 
+use super::pairs::Pairs;
 use crate::{
     artifact::ArtifactKey,
     clock::Timestamp,
     id::{IdempotencyKey, RunId, TenantId},
     outcome::Outcome,
+    shadow::{PairFilter, PairRecord, Stage, Verdict},
     state::{Position, RunState},
     store::{
         Accepted, AttemptRecord, AuditEntry, CancelIntent, CancelRequested, EndedCursor, EndedRun,
@@ -41,6 +43,7 @@ struct Inner {
     removals: BTreeSet<RunId>,
     traffic: Option<StoredTraffic>,
     audit: Vec<StoredAudit>,
+    pairs: Pairs,
     fault: Option<StoreError>,
     /// How often a verb met the fault.
     faults_met: u64,
@@ -59,6 +62,11 @@ struct Row {
 impl Row {
     fn live(&self) -> bool {
         !self.record.position.state.is_terminal()
+    }
+
+    /// Whether limits and numbers of live runs know it.
+    fn counts(&self) -> bool {
+        self.live() && !self.record.id.is_shadow()
     }
 
     fn ended(&self) -> Option<EndedRun> {
@@ -157,7 +165,7 @@ impl Inner {
     }
 
     fn full(&self, tenant: &TenantId, limits: LiveLimits) -> Option<Accepted> {
-        let live = || self.runs.values().filter(|row| row.live());
+        let live = || self.runs.values().filter(|row| row.counts());
         let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
         if count(live().count()) >= limits.total {
             return Some(Accepted::Full { limit: "live_runs", max: limits.total });
@@ -185,7 +193,12 @@ impl Store for MemoryStore {
         if let Some(answer) = inner.existing(&run)? {
             return Ok(answer);
         }
-        if let Some(answer) = inner.full(&run.tenant, limits) {
+        if run.id.is_shadow() {
+            let Inner { pairs, removals, .. } = &mut *inner;
+            if !pairs.begin(run.id, |primary| removals.contains(&primary)) {
+                return Ok(Accepted::Conflict { field: "run_id" });
+            }
+        } else if let Some(answer) = inner.full(&run.tenant, limits) {
             return Ok(answer);
         }
         let (digest, time) = (run.digest, run.time);
@@ -228,7 +241,7 @@ impl Store for MemoryStore {
             .rev()
             .skip_while(|place| after.is_some_and(|cursor| **place >= (cursor.created, cursor.id)))
             .filter_map(|(_, id)| inner.runs.get(id)?.decode().ok())
-            .filter(|run| matches(filter, run));
+            .filter(|run| !run.id.is_shadow() && matches(filter, run));
         let runs: Vec<_> = found.by_ref().take(max.max(1)).cloned().collect();
         let next =
             found.next().and_then(|_| runs.last()).map(|run| PageCursor { created: run.created, id: run.id });
@@ -280,7 +293,11 @@ impl Store for MemoryStore {
         for event in transition.events {
             row.push(transition.time, event);
         }
-        Ok(Transitioned::Applied { last_event: row.record.last_event })
+        let last_event = row.record.last_event;
+        if let Some(pair) = transition.pair {
+            inner.pairs.add(pair, transition.time);
+        }
+        Ok(Transitioned::Applied { last_event })
     }
 
     async fn append_event(
@@ -396,6 +413,8 @@ impl Store for MemoryStore {
         }
         inner.removals.remove(&id);
         inner.runs.remove(&id);
+        let shadow_is_stored = inner.runs.contains_key(&id.shadow());
+        inner.pairs.removed(id, shadow_is_stored);
         Ok(Removed::Gone)
     }
 
@@ -427,8 +446,37 @@ impl Store for MemoryStore {
         Ok(entries.take(max).cloned().collect())
     }
 
+    async fn pair(&self, run: RunId) -> Result<Option<PairRecord>, StoreError> {
+        Ok(self.usable()?.pairs.get(run))
+    }
+
+    async fn pairs_at(&self, stage: Stage, max: usize) -> Result<Vec<PairRecord>, StoreError> {
+        if matches!(stage, Stage::Compared | Stage::Skipped) {
+            return Err(StoreError::Other("pairs with a verdict are listed, not worked at".to_owned()));
+        }
+        Ok(self.usable()?.pairs.at(stage, max))
+    }
+
+    async fn judge_pair(
+        &self,
+        primary: RunId,
+        verdict: &Verdict,
+        time: Timestamp,
+    ) -> Result<bool, StoreError> {
+        Ok(self.usable()?.pairs.judge(primary, verdict, time))
+    }
+
+    async fn pairs(
+        &self,
+        filter: &PairFilter,
+        before: Option<u64>,
+        max: usize,
+    ) -> Result<Vec<PairRecord>, StoreError> {
+        Ok(self.usable()?.pairs.list(filter, before, max))
+    }
+
     async fn live_count(&self) -> Result<u64, StoreError> {
-        let live = self.usable()?.runs.values().filter(|row| row.live()).count();
+        let live = self.usable()?.runs.values().filter(|row| row.counts()).count();
         Ok(u64::try_from(live).unwrap_or(u64::MAX))
     }
 

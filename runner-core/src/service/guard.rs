@@ -108,30 +108,36 @@ impl Window {
         Self::new(guard, Timestamp::from_micros(from), admitted_from)
     }
 
-    fn add(&mut self, traffic: &StoredTraffic, run: &RunRecord, failed: bool) {
-        let Some(decision) = run.decision.as_ref().filter(|decision| decision.bucket.is_some()) else {
-            return;
-        };
+    /// The split that placed a run, with its rule, where the run counts in this window.
+    fn split_of<'a>(
+        &self,
+        traffic: &'a StoredTraffic,
+        run: &RunRecord,
+    ) -> Option<(Option<&'a str>, &'a Split, BackendName)> {
+        let decision = run.decision.as_ref().filter(|decision| decision.bucket.is_some())?;
         if run.created < self.admitted_from {
-            return;
+            return None;
         }
         let rule = match &decision.by {
             DecidedBy::Rule(rule) => Some(rule.as_str()),
             DecidedBy::Default => None,
-            DecidedBy::Spec | DecidedBy::Configuration => return,
+            DecidedBy::Spec | DecidedBy::Configuration => return None,
         };
+        let (rule, split) = traffic.traffic.policy.splits().find(|(name, _)| *name == rule)?;
+        Some((rule, split, decision.backend.clone()))
+    }
+
+    fn add(&mut self, traffic: &StoredTraffic, run: &RunRecord, failed: bool) {
+        let Some((rule, split, backend)) = self.split_of(traffic, run) else { return };
         let limit = self.guard.slow_start_seconds.map(Duration::from_secs);
         // One that never began has failed, or was cancelled: nothing is known of how soon it would have begun.
         let slow = limit.zip(run.started).map(|(limit, started)| started.since(run.created) > limit);
-        let Some((_, split)) = traffic.traffic.policy.splits().find(|(name, _)| *name == rule) else {
-            return;
-        };
         for canary in &split.canaries {
             let watched = self.canaries.entry((rule.map(str::to_owned), canary.backend.clone())).or_default();
-            if decision.backend == canary.backend {
+            if backend == canary.backend {
                 watched.failures.add_canary(failed);
                 slow.into_iter().for_each(|slow| watched.slow.add_canary(slow));
-            } else if decision.backend == split.baseline {
+            } else if backend == split.baseline {
                 watched.failures.add_baseline(failed);
                 slow.into_iter().for_each(|slow| watched.slow.add_baseline(slow));
             }
@@ -221,25 +227,47 @@ async fn read(
     loop {
         let ended = store.ended(Some(window.cursor), until, PAGE).await?;
         for run in &ended {
-            let (record, attempts) = match (store.get(run.id).await, store.attempts(run.id).await) {
-                (Ok(Some(record)), Ok(attempts)) => (record, attempts),
-                // Removed meanwhile, or a row that does not decode: nothing is known of it.
-                (Ok(None) | Err(StoreError::Inconsistent(_)), _)
-                | (_, Err(StoreError::NotFound(_) | StoreError::Inconsistent(_))) => {
-                    window.cursor = run.cursor();
-                    continue;
-                }
-                (Err(error), _) | (_, Err(error)) => return Err(error),
-            };
-            // Also where another attempt made up for it.
-            let failed = attempts.iter().any(|attempt| is_infrastructure(attempt.outcome.cause))
-                || record.outcome.as_ref().is_some_and(|outcome| is_infrastructure(outcome.cause));
-            window.add(traffic, &record, failed);
+            let seen = look(core, window, traffic, run.id).await?;
+            if let Some((record, failed)) = seen {
+                window.add(traffic, &record, failed);
+            }
             window.cursor = run.cursor();
         }
         if ended.len() < PAGE || core.stopping.is_cancelled() {
             return Ok(());
         }
+    }
+}
+
+/// A run that counts in this window, and whether an attempt of it failed for reasons of infrastructure. `None`: it does not count, was
+/// removed meanwhile, or its row does not decode, so that nothing is known of it.
+async fn look(
+    core: &Core,
+    window: &Window,
+    traffic: &StoredTraffic,
+    id: RunId,
+) -> Result<Option<(RunRecord, bool)>, StoreError> {
+    let store = &core.parts.store;
+    if id.is_shadow() {
+        return Ok(None);
+    }
+    let record = match store.get(id).await {
+        Ok(Some(record)) => record,
+        Ok(None) | Err(StoreError::Inconsistent(_)) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if window.split_of(traffic, &record).is_none() {
+        return Ok(None);
+    }
+    match store.attempts(id).await {
+        Ok(attempts) => {
+            // Also where another attempt made up for it.
+            let failed = attempts.iter().any(|attempt| is_infrastructure(attempt.outcome.cause))
+                || record.outcome.as_ref().is_some_and(|outcome| is_infrastructure(outcome.cause));
+            Ok(Some((record, failed)))
+        }
+        Err(StoreError::NotFound(_) | StoreError::Inconsistent(_)) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

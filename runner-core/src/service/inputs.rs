@@ -2,7 +2,7 @@
 
 use super::{Caller, Parts, error::ServiceError};
 use crate::{
-    artifact::{ArtifactKey, EntryKind, Manifest},
+    artifact::{ArtifactError, ArtifactErrorKind, ArtifactKey, EntryKind, MANIFEST_NAME, Manifest},
     id::AttemptId,
     outcome::Outcome,
     spec::{FieldViolation, FoundOutput, InputSource, InvalidSpec, RunOutput, RunSpec},
@@ -20,7 +20,8 @@ pub(super) async fn find(parts: &Parts, caller: &Caller, spec: &mut RunSpec) -> 
     let mut violations = Vec::new();
     for (i, input) in spec.inputs.iter_mut().enumerate() {
         let InputSource::Run(output) = &mut input.source else { continue };
-        let record = parts.store.get(output.run).await?.filter(|run| run.tenant == caller.tenant);
+        let record = parts.store.get(output.run).await?;
+        let record = record.filter(|run| run.tenant == caller.tenant && !run.id.is_shadow());
         match look(output, record.as_ref()) {
             Ok(found) => output.found = Some(found),
             Err(what) => {
@@ -29,6 +30,31 @@ pub(super) async fn find(parts: &Parts, caller: &Caller, spec: &mut RunSpec) -> 
         }
     }
     if violations.is_empty() { Ok(()) } else { Err(InvalidSpec(violations).into()) }
+}
+
+/// Whether everything that an accepted spec has as an input is still stored. What is elsewhere is not asked for.
+///
+/// # Errors
+/// Where the object store does not say.
+pub(super) async fn are_there(parts: &Parts, spec: &RunSpec) -> Result<bool, ArtifactError> {
+    for input in &spec.inputs {
+        let manifest = |prefix: &ArtifactKey| prefix.join(MANIFEST_NAME).ok();
+        let key = match &input.source {
+            InputSource::Artifact(uri) if uri.is_tree() => manifest(uri.key()),
+            InputSource::Artifact(uri) => Some(uri.key().clone()),
+            InputSource::Run(RunOutput { found: Some(found), .. }) => manifest(&found.prefix),
+            InputSource::Run(RunOutput { found: None, .. }) => return Ok(false),
+            InputSource::Inline(_) | InputSource::Https(_) => continue,
+        };
+        // Too long for a key: then nothing was ever stored there.
+        let Some(key) = key else { return Ok(false) };
+        match parts.artifacts.head(&key).await {
+            Ok(_) => {}
+            Err(error) if error.kind == ArtifactErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
 }
 
 fn look(output: &RunOutput, record: Option<&RunRecord>) -> Result<FoundOutput, String> {

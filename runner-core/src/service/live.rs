@@ -140,6 +140,11 @@ impl LiveRuns {
         lock(&self.runs).values().filter(|run| run.backend == *backend).count()
     }
 
+    /// Number of those that are shadows.
+    pub(super) fn shadows(&self) -> usize {
+        lock(&self.runs).keys().filter(|id| id.is_shadow()).count()
+    }
+
     pub(super) fn len(&self) -> usize {
         lock(&self.runs).len()
     }

@@ -6,12 +6,15 @@
 mod driver;
 mod error;
 mod guard;
+mod health;
 mod inputs;
 mod live;
 mod meter;
+mod options;
 mod reconcile;
 mod removal;
 mod retry;
+mod shadow;
 mod stream;
 mod sweep;
 mod traffic;
@@ -31,15 +34,16 @@ use self::{driver::Driver, live::LiveRuns};
 pub use self::{
     error::ServiceError,
     guard::{GuardReport, GuardVerdict},
+    health::{BackendStatus, Readiness},
     meter::{Meter, NoMeter},
+    options::Options,
     stream::{InvalidCursor, StreamBody, StreamCursor, StreamItem, StreamOptions},
     sweep::{Retention, SweepReport},
     traffic::{Explanation, TrafficChange},
 };
 use crate::{
     artifact::ArtifactStore,
-    backend::{Backend, BackendErrorKind, Health, WorkloadInput},
-    capability::Capabilities,
+    backend::{Backend, BackendErrorKind, WorkloadInput},
     clock::{Clock, IdGen},
     crash,
     id::{AttemptId, BackendName, IdempotencyKey, RunId, TenantId},
@@ -53,7 +57,7 @@ use crate::{
         RunRecord, Store, StoreError, StoredEvent, Timer,
     },
     task::{self, TaskKind},
-    traffic::{Decision, Drained, Policy},
+    traffic::{Decision, Policy, Shadowing},
 };
 
 /// Who calls, as the credentials say.
@@ -95,81 +99,6 @@ pub struct Parts {
     pub meter: Arc<dyn Meter>,
 }
 
-/// How the service behaves where the contract leaves it open.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Options {
-    /// Time between two comparisons of store and substrate.
-    pub reconcile_interval: Duration,
-    /// How much later than the shim's own timeout the service's backstop fires.
-    pub deadline_slack: Duration,
-    /// First wait after a failed verb of the store, the log store or a backend; doubles up to `max_pause`.
-    pub min_pause: Duration,
-    /// See `min_pause`.
-    pub max_pause: Duration,
-    /// How often a failed `ensure` for reasons of image or input is repeated within one attempt.
-    pub ensure_tries: u32,
-    /// How long observation may fail without a break before the attempt is given up as `LOST`.
-    pub observe_patience: Duration,
-    /// How long storing the outputs of a program that has ended may fail before the attempt ends as `OUTPUT`.
-    pub publish_patience: Duration,
-    /// Time between two questions to each backend whether it takes work.
-    pub health_interval: Duration,
-    /// Time between two looks of the guard at the runs that have ended.
-    pub guard_interval: Duration,
-    /// Time between two keep-alives of a silent stream.
-    pub keep_alive: Duration,
-    /// How long what is kept.
-    pub retention: Retention,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            reconcile_interval: Duration::from_secs(60),
-            deadline_slack: Duration::from_secs(15),
-            min_pause: Duration::from_millis(50),
-            max_pause: Duration::from_secs(5),
-            ensure_tries: 6,
-            observe_patience: Duration::from_secs(600),
-            publish_patience: Duration::from_secs(600),
-            health_interval: Duration::from_secs(5),
-            guard_interval: Duration::from_secs(5),
-            keep_alive: Duration::from_secs(15),
-            retention: Retention::default(),
-        }
-    }
-}
-
-/// A backend, as an operator sees it.
-#[derive(Debug, Clone)]
-pub struct BackendStatus {
-    /// Its configured name.
-    pub name: BackendName,
-    /// Its kind.
-    pub kind: &'static str,
-    /// Whether it takes work.
-    pub health: Health,
-    /// What it can honour.
-    pub capabilities: Capabilities,
-    /// Attempts that hold a slot.
-    pub active: usize,
-    /// Most attempts at once.
-    pub slots: usize,
-    /// Runs that were accepted for it and have not ended.
-    pub live_runs: usize,
-    /// Why it takes no new runs, where an operator said so.
-    pub drained: Option<Drained>,
-}
-
-/// Whether the service can do its work.
-#[derive(Debug, Clone)]
-pub struct Readiness {
-    /// Whether every dependency, and at least one backend, answered.
-    pub ready: bool,
-    /// What was asked, and what was wrong.
-    pub checks: Vec<(String, Result<(), String>)>,
-}
-
 #[derive(Debug)]
 struct BackendEntry {
     backend: Arc<dyn Backend>,
@@ -187,6 +116,7 @@ struct Core {
     live: LiveRuns,
     traffic: traffic::Desk,
     guard: guard::Reports,
+    shadows: shadow::Bell,
     sweeps: sweep::Sweeps,
     stopping: CancellationToken,
     tasks: TaskTracker,
@@ -222,6 +152,40 @@ impl Core {
         );
         let tracked = self.tasks.track_future(driver.drive());
         task::spawn(TaskKind::Run, "run", tracked);
+    }
+
+    /// Stores the intent to cancel a run, and tells its driver and its watchers. `attempt` is the one that it was seen at.
+    async fn cancel(
+        &self,
+        id: RunId,
+        attempt: u32,
+        by: &str,
+        reason: String,
+    ) -> Result<RunRecord, ServiceError> {
+        let time = self.parts.clock.now();
+        let in_queue = Outcome::new(attempt, Cause::Cancelled, "cancelled in the queue").with_evidence(
+            "cancel",
+            format!("requested by {by}: {reason}"),
+            time,
+        );
+        let answer = self.parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
+        crash::point("cancel.intent");
+        let run = answer.run;
+        if run.cancel.is_some()
+            && let Some(live) = self.live.get(id)
+        {
+            if answer.newly
+                && let (true, Some(outcome)) = (run.position.state.is_terminal(), &run.outcome)
+            {
+                live.publish([StoredEvent {
+                    seq: run.last_event,
+                    time,
+                    event: RunEvent::Terminated { position: run.position, outcome: outcome.clone() },
+                }]);
+            }
+            live.cancel_stored();
+        }
+        Ok(run)
     }
 
     /// Does what must be done whole: a caller that goes away between a durable step and what follows from it must not
@@ -295,6 +259,7 @@ impl RunService {
             live: LiveRuns::default(),
             traffic,
             guard: guard::Reports::default(),
+            shadows: shadow::Bell::default(),
             sweeps: sweep::Sweeps::default(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -308,6 +273,8 @@ impl RunService {
         task::spawn(TaskKind::Loop, "health", health);
         let guard = core.tasks.track_future(guard::run(Arc::clone(&core)));
         task::spawn(TaskKind::Loop, "guard", guard);
+        let shadows = core.tasks.track_future(shadow::run(Arc::clone(&core)));
+        task::spawn(TaskKind::Loop, "shadows", shadows);
         let sweeper = core.tasks.track_future(sweep::run(Arc::clone(&core)));
         task::spawn(TaskKind::Loop, "sweeper", sweeper);
         Ok(Arc::new(Self { core }))
@@ -341,6 +308,13 @@ impl RunService {
         let parts = &core.parts;
         if core.stopping.is_cancelled() {
             return Err(ServiceError::Unavailable("the service is shutting down".to_owned()));
+        }
+        if request.run_id.is_some_and(RunId::is_shadow) {
+            return Err(ServiceError::field(
+                "run_id",
+                "INVALID",
+                "is of a form that the service keeps for itself",
+            ));
         }
         request.spec.validate(&caller.tenant, &parts.limits)?;
         // Of what the caller sent, before anything is filled in.
@@ -386,7 +360,11 @@ impl RunService {
                 Accepted::Created(record) => {
                     crash::point("run.accepted");
                     tracing::debug!(run.id = %record.id, tenant = %record.tenant, backend = %record.backend, "accepted");
-                    parts.meter.accepted(&record.backend);
+                    parts.meter.accepted(&record.backend, record.placed_by());
+                    let shadowing = record.decision.as_ref().and_then(|decision| decision.shadow.as_ref());
+                    if let Some(Shadowing::No(why)) = shadowing {
+                        parts.meter.shadow_skipped(*why);
+                    }
                     accepting.drive(record.clone(), &[], true);
                     Ok((record, true))
                 }
@@ -416,8 +394,8 @@ impl RunService {
     /// A run of the caller's tenant.
     async fn find(&self, caller: &Caller, id: RunId) -> Result<RunRecord, ServiceError> {
         match self.core.parts.store.get(id).await? {
-            Some(record) if record.tenant == caller.tenant => Ok(record),
-            // Another tenant's run is not told from one that does not exist.
+            Some(record) if record.tenant == caller.tenant && !id.is_shadow() => Ok(record),
+            // Another tenant's run, and a shadow, are not told from one that does not exist.
             _ => Err(ServiceError::NotFound(id)),
         }
     }
@@ -432,40 +410,18 @@ impl RunService {
         id: RunId,
         reason: String,
     ) -> Result<RunRecord, ServiceError> {
-        let parts = &self.core.parts;
         let record = self.find(caller, id).await?;
         if record.position.state.is_terminal() {
             return Ok(record);
         }
-        let time = parts.clock.now();
         let mut reason = reason;
         if reason.len() > 1024 {
             reason.truncate(reason.floor_char_boundary(1024));
         }
-        let in_queue = Outcome::new(record.position.attempt, Cause::Cancelled, "cancelled in the queue")
-            .with_evidence("cancel", format!("requested by {}: {reason}", caller.subject), time);
         crash::point("cancel.before-intent");
         let core = Arc::clone(&self.core);
-        let cancelling = async move {
-            let answer = core.parts.store.request_cancel(id, CancelIntent { time, reason }, in_queue).await?;
-            crash::point("cancel.intent");
-            let run = answer.run;
-            if run.cancel.is_some()
-                && let Some(live) = core.live.get(id)
-            {
-                if answer.newly
-                    && let (true, Some(outcome)) = (run.position.state.is_terminal(), &run.outcome)
-                {
-                    live.publish([StoredEvent {
-                        seq: run.last_event,
-                        time,
-                        event: RunEvent::Terminated { position: run.position, outcome: outcome.clone() },
-                    }]);
-                }
-                live.cancel_stored();
-            }
-            Ok(run)
-        };
+        let (attempt, by) = (record.position.attempt, caller.subject.clone());
+        let cancelling = async move { core.cancel(id, attempt, &by, reason).await };
         self.core.whole("cancel", cancelling).await
     }
 
@@ -565,51 +521,6 @@ impl RunService {
         })
     }
 
-    /// Every backend, with its health.
-    pub async fn backends(&self) -> Vec<BackendStatus> {
-        let ask = self.core.backends.iter().map(|(name, entry)| async move {
-            BackendStatus {
-                name: name.clone(),
-                kind: entry.backend.kind(),
-                health: health(entry.backend.as_ref()).await,
-                capabilities: entry.backend.capabilities(),
-                active: entry.size.saturating_sub(entry.slots.available_permits()),
-                slots: entry.size,
-                live_runs: self.core.live.of(name),
-                drained: self.core.traffic.current().traffic.drained.get(name).cloned(),
-            }
-        });
-        futures::future::join_all(ask).await
-    }
-
-    /// Asks the store, the object store and the backends whether they really answer.
-    pub async fn ready(&self) -> Readiness {
-        const PATIENCE: Duration = Duration::from_secs(5);
-        async fn within<T, E: std::fmt::Display>(
-            ask: impl Future<Output = Result<T, E>>,
-        ) -> Result<(), String> {
-            match tokio::time::timeout(PATIENCE, ask).await {
-                Ok(Ok(_)) => Ok(()),
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(_) => Err(format!("no answer within {PATIENCE:?}")),
-            }
-        }
-        let parts = &self.core.parts;
-        let (store, artifacts, backends) =
-            tokio::join!(within(parts.store.probe()), within(parts.artifacts.probe()), self.backends());
-        let mut checks = vec![("store".to_owned(), store), ("object_store".to_owned(), artifacts)];
-        let dependencies = checks.iter().all(|(_, answer)| answer.is_ok());
-        let backend = backends.iter().any(|backend| backend.health.healthy);
-        checks.extend(backends.into_iter().map(|backend| {
-            let answer = if backend.health.healthy { Ok(()) } else { Err(backend.health.detail) };
-            (format!("backend/{}", backend.name), answer)
-        }));
-        let accepting = !self.core.stopping.is_cancelled();
-        checks
-            .push(("accepting".to_owned(), if accepting { Ok(()) } else { Err("shutting down".to_owned()) }));
-        Readiness { ready: dependencies && backend && accepting, checks }
-    }
-
     /// Number of runs that this process drives.
     pub fn live_runs(&self) -> usize {
         self.core.live.len()
@@ -620,15 +531,6 @@ impl RunService {
         self.core.stopping.cancel();
         self.core.tasks.close();
         self.core.tasks.wait().await;
-    }
-}
-
-async fn health(backend: &dyn Backend) -> Health {
-    const PATIENCE: Duration = Duration::from_secs(5);
-    match tokio::time::timeout(PATIENCE, backend.health()).await {
-        Ok(Ok(health)) => health,
-        Ok(Err(error)) => Health { healthy: false, detail: error.chain() },
-        Err(_) => Health { healthy: false, detail: format!("no answer within {PATIENCE:?}") },
     }
 }
 

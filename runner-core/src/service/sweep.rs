@@ -10,7 +10,7 @@ use std::{
 use futures::{StreamExt as _, TryStreamExt as _};
 use uuid::Uuid;
 
-use super::Core;
+use super::{Core, shadow};
 use crate::{
     artifact::{ArtifactError, ArtifactKey, MANIFEST_NAME},
     clock::Timestamp,
@@ -18,7 +18,7 @@ use crate::{
     id::RunId,
     log::LogError,
     spec::InputSource,
-    store::{EndedCursor, EndedRun, Removed, StoreError, Swept},
+    store::{EndedCursor, EndedRun, Removed, RunRecord, StoreError, Swept},
 };
 
 /// How long what is kept. `None`: for ever.
@@ -182,7 +182,8 @@ async fn rows(core: &Core, until: Timestamp, done: &mut u64) -> Result<(), Sweep
         }
         for run in page {
             after = Some(run.cursor());
-            if needed.run(core, run.id) {
+            // A shadow goes with its primary.
+            if run.id.is_shadow() || needed.run(core, run.id) {
                 continue;
             }
             left -= 1;
@@ -248,9 +249,11 @@ async fn sweep_part(core: &Core, what: Swept, run: &EndedRun) -> Result<(), Swee
     Ok(())
 }
 
-/// Whether a live run has what this one stored as an input.
+/// Whether a live run of a caller has what this one stored as an input. A shadow is in nobody's way.
 pub(super) async fn is_input(core: &Core, id: RunId) -> Result<bool, StoreError> {
-    Ok(Needed::by_live_runs(core).await?.runs.contains(&id))
+    let live = core.parts.store.live().await?;
+    let callers = live.runs.iter().filter(|run| !run.id.is_shadow());
+    Ok(Needed::by(callers).runs.contains(&id))
 }
 
 /// Removes a finished run: that it is being removed is recorded first; then its logs go, its manifests, everything under its
@@ -262,6 +265,10 @@ pub(super) async fn remove(core: &Core, run: &EndedRun) -> Result<Removed, Sweep
         other @ (Removed::Unknown | Removed::Live) => return Ok(other),
     }
     crash::point("removal.begun");
+    if !run.id.is_shadow() {
+        // From here on no shadow of it can be accepted any more.
+        Box::pin(shadow::remove_of(core, run.id)).await?;
+    }
     parts.logs.delete(&run.tenant, run.id).await?;
     crash::point("removal.logs-gone");
     let prefix = ArtifactKey::run_prefix(&run.tenant, run.id);
@@ -272,6 +279,9 @@ pub(super) async fn remove(core: &Core, run: &EndedRun) -> Result<Removed, Sweep
     crash::point("removal.artifacts-gone");
     let removed = parts.store.remove(run.id).await?;
     crash::point("removal.done");
+    if !run.id.is_shadow() {
+        core.shadows.wake();
+    }
     Ok(removed)
 }
 
@@ -381,8 +391,12 @@ struct Needed {
 
 impl Needed {
     async fn by_live_runs(core: &Core) -> Result<Self, StoreError> {
+        Ok(Self::by(&core.parts.store.live().await?.runs))
+    }
+
+    fn by<'a>(runs: impl IntoIterator<Item = &'a RunRecord>) -> Self {
         let mut needed = Self::default();
-        for run in &core.parts.store.live().await?.runs {
+        for run in runs {
             needed.uploads.append(&mut run.spec.uploads());
             for input in &run.spec.inputs {
                 match &input.source {
@@ -394,7 +408,7 @@ impl Needed {
                 }
             }
         }
-        Ok(needed)
+        needed
     }
 
     /// Whether a live run names this one, or its driver still cleans up behind it.

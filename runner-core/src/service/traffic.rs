@@ -8,7 +8,7 @@ use std::{
 
 use tokio::sync::{Notify, OwnedRwLockReadGuard};
 
-use super::{Caller, Core, Parts, RunService, ServiceError, health, precondition};
+use super::{BackendEntry, Caller, Core, Parts, RunService, ServiceError, health::health, precondition};
 use crate::{
     backend::Backend,
     id::{BackendName, RunId, TenantId},
@@ -130,6 +130,11 @@ fn refusal(error: ChangeError) -> ServiceError {
     }
 }
 
+/// Whether a backend has said of late that it takes work.
+pub(super) fn answers(entry: &BackendEntry) -> bool {
+    entry.misses.load(Ordering::Relaxed) < MISSES
+}
+
 /// The backends of the process, as one version of the traffic sees them.
 struct Seen<'a> {
     core: &'a Core,
@@ -148,7 +153,7 @@ impl Backends for Seen<'_> {
             lacks = entry.backend.objections(spec);
         }
         let drained = self.traffic.drained.contains_key(backend);
-        Some(Candidate { healthy: entry.misses.load(Ordering::Relaxed) < MISSES, drained, lacks })
+        Some(Candidate { healthy: answers(entry), drained, lacks })
     }
 
     fn names(&self) -> impl Iterator<Item = &BackendName> {

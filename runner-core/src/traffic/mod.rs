@@ -7,6 +7,7 @@ mod guard;
 mod policy;
 mod ramp;
 mod route;
+mod shadow;
 mod share;
 mod split;
 mod state;
@@ -16,6 +17,7 @@ pub use self::{
     policy::{MAX_RULES, Match, Policy, Rule, Target},
     ramp::{MAX_HOLD, MAX_STEPS, Ramp, RampOrder, RampStatus, RampStep},
     route::{Asked, Backends, Candidate, DecidedBy, Decision, NoBackend, PassedOver, choose},
+    shadow::{NoShadow, Shadowing, Shadows},
     share::{InvalidShare, Share},
     split::{BUCKETS, Canary, Split, Sticky, bucket},
     state::{By, Change, ChangeError, Drained, Traffic},

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Guard, Share, Split, Sticky, unknown_backend};
+use super::{Guard, Shadows, Share, Split, Sticky, unknown_backend};
 use crate::{
     id::{BackendName, TenantId},
     spec::{FieldViolation, InvalidSpec, RunSpec},
@@ -14,6 +14,8 @@ use crate::{
 pub const MAX_RULES: usize = 256;
 /// Most tenants, images or labels that one rule names.
 const MAX_NAMES: usize = 256;
+/// In seconds.
+const MONTH: u64 = 30 * 24 * 3600;
 /// Most bytes of a text: a salt, a rule's name, an image, a label.
 const MAX_TEXT: usize = 1024;
 
@@ -33,6 +35,9 @@ pub struct Policy {
     /// Rolls a canary back that does worse than its baseline. `None`: nobody does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guard: Option<Guard>,
+    /// Executes some runs on another backend too, and compares. `None`: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<Box<Shadows>>,
 }
 
 /// Sends some runs elsewhere than the rest.
@@ -189,6 +194,9 @@ impl Policy {
         if let Some(guard) = &self.guard {
             check.guard(guard);
         }
+        if let Some(shadow) = &self.shadow {
+            check.shadow(shadow, &self.rules);
+        }
         if check.found.is_empty() { Ok(()) } else { Err(InvalidSpec(check.found)) }
     }
 }
@@ -250,8 +258,22 @@ impl Check<'_> {
         }
     }
 
+    fn shadow(&mut self, shadow: &Shadows, rules: &[Rule]) {
+        self.backend("shadow.backend".to_owned(), &shadow.backend);
+        self.matches("shadow.match", &shadow.matches);
+        if !(1..=Shadows::MAX_AT_ONCE).contains(&shadow.at_once) {
+            self.add("shadow.at_once", "INVALID", format!("must be from 1 to {}", Shadows::MAX_AT_ONCE));
+        }
+        if !(1..=MONTH).contains(&shadow.patience_seconds) {
+            self.add("shadow.patience_seconds", "INVALID", "must be from a second to 30 days");
+        }
+        for name in shadow.rules.iter().filter(|name| !rules.iter().any(|rule| rule.name == **name)) {
+            let name: String = name.chars().take(80).collect();
+            self.add("shadow.rules", "INVALID", format!("the policy has no rule {name:?}"));
+        }
+    }
+
     fn guard(&mut self, guard: &Guard) {
-        const MONTH: u64 = 30 * 24 * 3600;
         if !(60..=MONTH).contains(&guard.window_seconds) {
             self.add("guard.window_seconds", "INVALID", "must be from a minute to 30 days");
         }

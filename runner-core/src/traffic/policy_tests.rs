@@ -147,3 +147,23 @@ fn a_rule_matches_what_it_says() {
     }
     assert!(Match::default().matches(&tenant("z"), &spec(None, "")));
 }
+
+#[test]
+fn shadows_that_make_no_sense_are_refused() {
+    let shadow = |more: serde_json::Value| {
+        let mut shadow = json!({ "backend": "k8s", "percent": 5 });
+        shadow.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({ "rules": [{ "name": "r", "to": { "backend": "dind" } }], "shadow": shadow })
+    };
+    assert_eq!(fields(shadow(json!({ "rules": ["r"], "match": { "images": ["a*"] } }))), []);
+    for (bad, field) in [
+        (json!({ "backend": "nowhere" }), "backend"),
+        (json!({ "at_once": 0 }), "at_once"),
+        (json!({ "at_once": 257 }), "at_once"),
+        (json!({ "patience_seconds": 0 }), "patience_seconds"),
+        (json!({ "rules": ["r", "other"] }), "rules"),
+        (json!({ "match": { "images": ["a*b"] } }), "match.images"),
+    ] {
+        assert_eq!(fields(shadow(bad)), [(format!("shadow.{field}"), "INVALID".to_owned())]);
+    }
+}

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Policy, Target, bucket, unknown_backend};
+use super::{Policy, Shadowing, Target, bucket, shadow::shadowing, unknown_backend};
 use crate::{
     id::{BackendName, RunId, TenantId},
     spec::{FieldViolation, InvalidSpec, RunSpec},
@@ -74,6 +74,9 @@ pub struct Decision {
     /// Backends that came first, and why they were passed over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub passed_over: Vec<(BackendName, PassedOver)>,
+    /// About a second execution of the run, for comparison. `None`: the run was not sampled for one. No caller is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shadow: Option<Shadowing>,
 }
 
 impl fmt::Display for Decision {
@@ -158,7 +161,9 @@ pub fn choose(
     };
     let why = |before: &Standing<'_>| (before.name.clone(), before.out.unwrap_or(PassedOver::Unhealthy));
     let passed_over = standing[..at].iter().map(why).collect();
-    Ok(Decision { backend: standing[at].name.clone(), version, by, bucket, passed_over })
+    let backend = standing[at].name.clone();
+    let shadow = shadowing(policy, backends, asked, &by, &backend);
+    Ok(Decision { backend, version, by, bucket, passed_over, shadow })
 }
 
 /// A backend that comes into question.

@@ -140,6 +140,7 @@ fn a_decision_is_read_back_as_it_was_stored() {
         by: DecidedBy::Rule("r".to_owned()),
         bucket: Some(17),
         passed_over: vec![(name("k8s"), PassedOver::Drained)],
+        shadow: None,
     };
     let text = serde_json::to_string(&decision).unwrap();
     assert_eq!(serde_json::from_str::<Decision>(&text).unwrap(), decision);

@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod outcome;
+pub mod parity;
 pub mod request;
 pub mod run;
 pub mod spec;

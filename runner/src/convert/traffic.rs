@@ -7,7 +7,7 @@ use runner_core::{
     store::{StoredAudit, StoredTraffic},
     traffic::{
         Candidate, Change, DecidedBy, Decision, Drained, Policy, Ramp, RampOrder, RampStatus, RampStep,
-        Share, Tally,
+        Shadowing, Share, Tally,
     },
 };
 use runner_proto::v1;
@@ -185,7 +185,8 @@ fn ramp(ramp: &Ramp) -> v1::Ramp {
 
 impl From<&Decision> for Wire<v1::RoutingDecision> {
     fn from(decision: &Decision) -> Self {
-        let Decision { backend, version, by, bucket, passed_over } = decision;
+        // Of its shadow no caller is told.
+        let Decision { backend, version, by, bucket, passed_over, shadow: _ } = decision;
         let (by, rule) = match by {
             DecidedBy::Spec => (v1::routing_decision::By::Spec, ""),
             DecidedBy::Configuration => (v1::routing_decision::By::Configuration, ""),
@@ -226,6 +227,11 @@ pub fn explanation(explanation: &Explanation) -> v1::ExplainRoutingResponse {
         decision,
         reason,
         candidates: explanation.candidates.iter().map(candidate).collect(),
+        shadow: match explanation.decision.as_ref().ok().and_then(|decision| decision.shadow.as_ref()) {
+            None => String::new(),
+            Some(Shadowing::On(backend)) => format!("on {backend}"),
+            Some(Shadowing::No(why)) => format!("none: {}", why.as_str()),
+        },
     }
 }
 

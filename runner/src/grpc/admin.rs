@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status};
 
 use super::Api;
 use crate::{
-    convert::{Wire, traffic},
+    convert::{Wire, parity, traffic},
     status,
 };
 
@@ -59,5 +59,24 @@ impl Admin for Api {
         let before = (before > 0).then_some(before);
         let entries = self.service.audit(before, max).await.map_err(|e| status::service(&e))?;
         Ok(Response::new(v1::ListAuditResponse { entries: entries.iter().map(traffic::audit).collect() }))
+    }
+
+    async fn list_parity(
+        &self,
+        request: Request<v1::ListParityRequest>,
+    ) -> Result<Response<v1::ListParityResponse>, Status> {
+        let page = parity::PairPage::try_from(Wire(request.into_inner())).map_err(|e| status::invalid(&e))?;
+        let found = self.service.pairs(&page.filter, page.before, page.max).await;
+        let found = found.map_err(|e| status::service(&e))?;
+        Ok(Response::new(v1::ListParityResponse { records: found.iter().map(parity::listed).collect() }))
+    }
+
+    async fn get_parity(
+        &self,
+        request: Request<v1::GetParityRequest>,
+    ) -> Result<Response<v1::GetParityResponse>, Status> {
+        let id = parity::run_of(request.get_ref()).map_err(|e| status::invalid(&e))?;
+        let found = self.service.pair(id).await.map_err(|e| status::service(&e))?;
+        Ok(Response::new(v1::GetParityResponse { record: Some(parity::whole(&found)) }))
     }
 }

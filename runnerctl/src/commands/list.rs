@@ -50,7 +50,8 @@ pub(super) async fn execute(service: &Service, args: ListArgs, format: Format) -
     Ok(Exit::OK)
 }
 
-async fn with_spec(service: &Service, run: proto::Run) -> Result<proto::Run, ClientError> {
+/// A run with its spec, which lists do not have.
+pub(super) async fn with_spec(service: &Service, run: proto::Run) -> Result<proto::Run, ClientError> {
     if run.spec.is_some() {
         return Ok(run);
     }
@@ -62,7 +63,8 @@ async fn with_spec(service: &Service, run: proto::Run) -> Result<proto::Run, Cli
     }
 }
 
-fn row(run: &proto::Run, now: std::time::SystemTime) -> Vec<String> {
+/// A run in a table.
+pub(super) fn row(run: &proto::Run, now: std::time::SystemTime) -> Vec<String> {
     let created = run.create_time.as_ref().and_then(convert::time_from_proto);
     let command = run.spec.as_ref().map_or_else(String::new, |spec| {
         let line = human::command(spec.command.iter().chain(&spec.args), COMMAND_WIDTH);

@@ -4,11 +4,13 @@ mod artifact;
 mod attach;
 mod backend;
 mod cancel;
+mod cancel_all;
 mod completion;
 mod delete;
 mod get;
 mod list;
 mod logs;
+mod parity;
 mod run;
 mod traffic;
 
@@ -80,6 +82,10 @@ pub(crate) async fn execute(cli: Cli) -> Result<Exit, Failure> {
         Command::Backend(BackendCommand::List(args)) => {
             backend::execute(&Service::connect(endpoint).await?, format(args.format)).await
         }
+        Command::Backend(BackendCommand::Health(args)) => {
+            let format = format(args.format);
+            backend::health(&Service::connect(endpoint).await?, args, format).await
+        }
         Command::Backend(BackendCommand::Drain(args)) => {
             let format = format(args.change.format);
             traffic::drain(&Service::connect(endpoint).await?, args, format).await
@@ -95,6 +101,10 @@ pub(crate) async fn execute(cli: Cli) -> Result<Exit, Failure> {
         Command::Audit(args) => {
             let format = format(args.format);
             traffic::audit(&Service::connect(endpoint).await?, args, format).await
+        }
+        Command::Parity(command) => {
+            let format = |own: Option<Format>| own.or(outer).unwrap_or_default();
+            parity::execute(&Service::connect(endpoint).await?, command, format).await
         }
         Command::Completion(args) => completion::execute(args.shell),
     }

@@ -129,7 +129,11 @@ async fn explain(
     };
     let rows: Vec<_> = explained.candidates.iter().map(candidate).collect();
     let head = ["BACKEND", "HEALTH", "DRAINED", "LACKS"];
-    output::data(&format!("Goes to {to}\n\n{}", table::render(&head, &rows)))?;
+    let shadow = match explained.shadow.as_str() {
+        "" => String::new(),
+        shadow => format!("Shadow: {}\n", human::visible(shadow)),
+    };
+    output::data(&format!("Goes to {to}\n{shadow}\n{}", table::render(&head, &rows)))?;
     Ok(Exit::OK)
 }
 

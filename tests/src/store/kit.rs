@@ -117,6 +117,7 @@ pub fn step(run: RunId, expected: Position, next: Position) -> Transition {
         ended_attempt: None,
         events: vec![event],
         timers: Vec::new(),
+        pair: None,
     }
 }
 

@@ -10,6 +10,7 @@ pub mod events;
 pub mod kit;
 pub mod list;
 pub mod model;
+pub mod pairs;
 pub mod quarantine;
 pub mod retention;
 pub mod traffic;
@@ -133,6 +134,15 @@ macro_rules! store_cases {
                 the_audit_log_is_read_from_the_newest_in_pages,
                 state_and_audit_log_survive_a_reopen,
                 what_decided_for_a_run_is_read_back,
+            }
+            pairs {
+                a_pair_is_stored_with_the_end_of_its_primary,
+                a_shadow_is_accepted_once_and_only_where_its_pair_waits_for_it,
+                concurrent_beginnings_make_one_shadow,
+                a_shadow_counts_against_no_limit_and_no_listing_shows_it,
+                a_verdict_is_stored_once_and_read_back,
+                pairs_are_listed_newest_first_by_every_filter_in_pages,
+                a_pair_goes_with_either_of_its_runs,
             }
             retention {
                 ended_runs_come_in_the_order_of_their_ends,

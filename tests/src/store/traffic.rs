@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use runner_core::{
     store::{AuditEntry, NewRun, Store, StoredAudit, StoredTraffic, TrafficSet},
-    traffic::{DecidedBy, Decision, PassedOver, Policy, Target, Traffic},
+    traffic::{DecidedBy, Decision, PassedOver, Policy, Shadowing, Target, Traffic},
 };
 
 use super::{
@@ -111,6 +111,7 @@ pub async fn what_decided_for_a_run_is_read_back<F: StoreFactory>(factory: &F) {
         by: DecidedBy::Rule("r".to_owned()),
         bucket: Some(9999),
         passed_over: vec![(backend("k8s"), PassedOver::Drained)],
+        shadow: Some(Shadowing::On(backend("dind"))),
     };
     create(&*store, NewRun { decision: Some(decision.clone()), ..run(1) }).await;
     create(&*store, run(2)).await;

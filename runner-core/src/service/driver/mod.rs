@@ -161,7 +161,7 @@ impl Driver {
                 return Ok(());
             }
             *slot = tokio::select! {
-                permit = Arc::clone(&self.slots).acquire_owned() => permit.ok(),
+                permit = self.slot() => permit,
                 () = told(&mut cancelled) => return self.reload().await,
                 () = core.stopping.cancelled() => return Err(LetGo::Shutdown),
             };
@@ -177,6 +177,19 @@ impl Driver {
         crash::point("attempt.preparing");
         self.fresh = true;
         Ok(())
+    }
+
+    /// Waits for a slot. A shadow does not stand in the queue: it takes what nobody waits for.
+    async fn slot(&self) -> Slot {
+        if !self.record.id.is_shadow() {
+            return Arc::clone(&self.slots).acquire_owned().await.ok();
+        }
+        loop {
+            tokio::time::sleep(self.core.parts.options.shadow_interval).await;
+            if let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() {
+                return Some(permit);
+            }
+        }
     }
 
     /// Executes, or goes on executing, the current attempt to its end.
@@ -347,7 +360,9 @@ impl Driver {
                 outcome.message
             )));
             self.advance(&events, change).await?;
-            parts.meter.retried(&self.record.backend, outcome.cause);
+            if !self.record.id.is_shadow() {
+                parts.meter.retried(&self.record.backend, outcome.cause);
+            }
         } else {
             let end = match outcome.cause {
                 Cause::Cancelled => End::Cancelled,
@@ -366,7 +381,10 @@ impl Driver {
             crash::point("run.before-terminal");
             self.advance(&events, change).await?;
             crash::point("run.terminal");
-            parts.meter.ended(&self.record.backend, end.state(), cause, now.since(self.record.created));
+            if !self.record.id.is_shadow() {
+                let (run, took) = (&self.record, now.since(self.record.created));
+                parts.meter.ended(&run.backend, run.placed_by(), end.state(), cause, took);
+            }
             tracing::info!(
                 run.id = %self.record.id, tenant = %self.record.tenant, attempt = attempt.number,
                 state = end.state().as_str(), cause = cause.as_str(), "run ended"
@@ -414,5 +432,8 @@ impl Drop for Registration {
     fn drop(&mut self) {
         self.core.live.remove(self.run);
         self.core.parts.meter.live_runs(self.core.live.len());
+        if self.run.is_shadow() {
+            self.core.shadows.wake();
+        }
     }
 }

@@ -7,7 +7,8 @@ use crate::{
     clock::Timestamp,
     outcome::Outcome,
     service::{store_may_recover, watchdog::arm},
-    state::{self, Event},
+    shadow::Pair,
+    state::{self, Event, RunState},
     store::{
         AttemptRecord, RunEvent, RunRecord, StoreError, StoredEvent, Timer, TimerKind, Transition,
         Transitioned,
@@ -87,6 +88,14 @@ impl Driver {
             .iter()
             .map(|(kind, duration)| Timer { kind: *kind, due: time + *duration, duration: *duration })
             .collect();
+        let pair = match position.state {
+            RunState::Succeeded | RunState::Failed => Pair::of(&self.record),
+            RunState::Queued
+            | RunState::Preparing
+            | RunState::Running
+            | RunState::Publishing
+            | RunState::Cancelled => None,
+        };
         let transition = Transition {
             run: self.record.id,
             expected: self.record.position,
@@ -99,6 +108,7 @@ impl Driver {
             ended_attempt: change.ended_attempt,
             events: told,
             timers,
+            pair,
         };
         self.store(transition).await
     }
@@ -125,10 +135,29 @@ impl Driver {
         Ok(())
     }
 
+    /// How long the run waited for its first attempt, and for its program to run.
+    fn measure_first_attempt(&self, transition: &Transition) {
+        if transition.next.attempt != 1 {
+            return;
+        }
+        let (run, meter) = (&self.record, &self.core.parts.meter);
+        if transition.expected.attempt == 0 {
+            meter.begun(&run.backend, run.placed_by(), transition.time.since(run.created));
+        }
+        if let (Some(started), None) = (transition.started, run.started) {
+            meter.started(&run.backend, run.placed_by(), started.since(run.created));
+        }
+    }
+
     pub(super) fn applied(&mut self, transition: Transition, last_event: u64) {
         let parts = &self.core.parts;
         let now = parts.clock.monotonic();
-        parts.meter.phase(&self.record.backend, self.record.position.state, now.saturating_sub(self.since));
+        let spent = now.saturating_sub(self.since);
+        // What is measured of a backend is what it does for callers.
+        if !self.record.id.is_shadow() {
+            parts.meter.phase(&self.record.backend, self.record.position.state, spent);
+            self.measure_first_attempt(&transition);
+        }
         self.since = now;
         self.record.position = transition.next;
         self.record.not_before = transition.not_before;
@@ -148,5 +177,8 @@ impl Driver {
             event,
         });
         self.live.publish(stored);
+        if transition.next.state.is_terminal() && transition.pair.is_some() {
+            self.core.shadows.wake();
+        }
     }
 }

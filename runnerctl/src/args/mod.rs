@@ -1,13 +1,17 @@
 //! The commands and their flags.
 
+mod operator;
+
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use worker_client::proto::RunState;
 
-use crate::value::{
-    self, DetachKeys, EnvVar, ExtractArg, Format, InputArg, KeyValue, NetworkArg, OutputArg, StepArg,
+pub(crate) use self::operator::{
+    AuditArgs, BackendCommand, ChangeArgs, DrainArgs, ExplainArgs, HealthArgs, ParityCommand, RampArgs,
+    ReportArgs, RollbackArgs, SetTrafficArgs, ShowParityArgs, TrafficCommand, UndrainArgs,
 };
+use crate::value::{self, DetachKeys, EnvVar, ExtractArg, Format, InputArg, KeyValue, NetworkArg, OutputArg};
 
 /// Runs workloads, follows them, and takes their results.
 #[derive(Debug, Parser)]
@@ -46,7 +50,7 @@ pub(crate) enum Command {
     List(ListArgs),
     /// Shows what a run's program wrote.
     Logs(LogsArgs),
-    /// Asks for the end of a run.
+    /// Asks for the end of a run, or of all runs that match.
     Cancel(CancelArgs),
     /// Removes runs that have ended, with their logs and everything that they stored.
     #[command(visible_alias = "rm")]
@@ -64,6 +68,9 @@ pub(crate) enum Command {
     Traffic(TrafficCommand),
     /// Shows who changed where new runs go, newest first.
     Audit(AuditArgs),
+    /// Shows how runs and their shadows compare. For operators.
+    #[command(subcommand)]
+    Parity(ParityCommand),
     /// Writes a completion script for a shell.
     Completion(CompletionArgs),
 }
@@ -300,7 +307,29 @@ pub(crate) struct LogsArgs {
 #[derive(Debug, Args)]
 pub(crate) struct CancelArgs {
     /// The run's id.
-    pub(crate) run: String,
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) run: Option<String>,
+    /// Every run that has not ended and that all of --backend, --label, --image and --state agree to. Shows them and asks first.
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// With --all: runs on this backend.
+    #[arg(long, short = 'b', value_name = "NAME", requires = "all")]
+    pub(crate) backend: Option<String>,
+    /// With --all: runs with this label. May be repeated: all of them.
+    #[arg(long, short = 'l', value_name = "K=V", requires = "all")]
+    pub(crate) label: Vec<KeyValue>,
+    /// With --all: runs with exactly this image.
+    #[arg(long, value_name = "IMAGE", requires = "all")]
+    pub(crate) image: Option<String>,
+    /// With --all: runs in this state. May be repeated: any of them.
+    #[arg(long, short = 's', value_enum, requires = "all")]
+    pub(crate) state: Vec<StateArg>,
+    /// With --all: does not ask.
+    #[arg(long, short = 'y', requires = "all")]
+    pub(crate) yes: bool,
+    /// With --all: calls at once.
+    #[arg(long, short = 'j', value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub(crate) parallel: u8,
     /// Waits until it has ended.
     #[arg(long)]
     pub(crate) wait: bool,
@@ -327,143 +356,6 @@ pub(crate) struct AttachArgs {
     /// The keys that leave the run while it goes on.
     #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
     pub(crate) detach_keys: DetachKeys,
-    #[command(flatten)]
-    pub(crate) format: FormatArgs,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum BackendCommand {
-    /// Lists the backends with their health and capabilities.
-    #[command(visible_alias = "ls")]
-    List(BackendListArgs),
-    /// Lets a backend take no new runs. Those that it has finish there.
-    Drain(DrainArgs),
-    /// Lets it take runs again.
-    Undrain(UndrainArgs),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct DrainArgs {
-    /// The backend's name.
-    #[arg(value_name = "NAME")]
-    pub(crate) backend: String,
-    /// Returns when it has no runs left. Where it is drained already, it only waits.
-    #[arg(long)]
-    pub(crate) wait: bool,
-    #[command(flatten)]
-    pub(crate) change: ChangeArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct UndrainArgs {
-    /// The backend's name.
-    #[arg(value_name = "NAME")]
-    pub(crate) backend: String,
-    #[command(flatten)]
-    pub(crate) change: ChangeArgs,
-}
-
-/// What every change has.
-#[derive(Debug, Args)]
-pub(crate) struct ChangeArgs {
-    /// Why, for those who read the audit log.
-    #[arg(long, short = 'r', value_name = "TEXT", required = true)]
-    pub(crate) reason: String,
-    #[command(flatten)]
-    pub(crate) format: FormatArgs,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum TrafficCommand {
-    /// Shows the policy, what is drained, and the ramp.
-    Get(GetTrafficArgs),
-    /// Replaces the policy. Counts for the next run that is admitted.
-    Set(SetTrafficArgs),
-    /// Lets a canary's share grow step by step.
-    Ramp(RampArgs),
-    /// Keeps the ramp at its step.
-    Pause(ChangeArgs),
-    /// Lets a paused ramp go on.
-    Resume(ChangeArgs),
-    /// Ends the ramp. The canary gets the share that it had before.
-    Abort(ChangeArgs),
-    /// Takes all new runs from the canaries, and ends a ramp.
-    Rollback(RollbackArgs),
-    /// Says where a run with these flags would go, and why, without running it.
-    Explain(Box<ExplainArgs>),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct GetTrafficArgs {
-    /// Writes the policy alone, as `traffic set` takes it.
-    #[arg(long)]
-    pub(crate) policy: bool,
-    #[command(flatten)]
-    pub(crate) format: FormatArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct SetTrafficArgs {
-    /// The policy, in YAML or JSON. `-`: from standard input.
-    #[arg(value_name = "FILE")]
-    pub(crate) file: std::path::PathBuf,
-    /// Changes nothing where the traffic is at another version than this.
-    #[arg(long, value_name = "N")]
-    pub(crate) expected_version: Option<u64>,
-    #[command(flatten)]
-    pub(crate) change: ChangeArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct RampArgs {
-    /// The canary.
-    #[arg(value_name = "BACKEND")]
-    pub(crate) backend: String,
-    /// A share and how long it is held, as `5%:10m`. May be repeated: in this order.
-    #[arg(long, value_name = "PERCENT:DURATION", required = true)]
-    pub(crate) step: Vec<StepArg>,
-    /// The rule whose split it changes. Default: the policy's default.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) rule: Option<String>,
-    #[command(flatten)]
-    pub(crate) change: ChangeArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct RollbackArgs {
-    /// Takes new runs from this canary only.
-    #[arg(long, short = 'b', value_name = "NAME")]
-    pub(crate) backend: Option<String>,
-    #[command(flatten)]
-    pub(crate) change: ChangeArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ExplainArgs {
-    /// The id that the run would have.
-    #[arg(long, value_name = "RUN")]
-    pub(crate) run_id: Option<String>,
-    /// The key that keeps runs on one side of a split.
-    #[arg(long, value_name = "KEY")]
-    pub(crate) sticky_key: Option<String>,
-    #[command(flatten)]
-    pub(crate) run: RunArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AuditArgs {
-    /// Entries before this number.
-    #[arg(long, value_name = "NUMBER")]
-    pub(crate) before: Option<u64>,
-    /// Largest number of entries that are shown, up to 1000.
-    #[arg(long, short = 'n', value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub(crate) limit: u32,
-    #[command(flatten)]
-    pub(crate) format: FormatArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct BackendListArgs {
     #[command(flatten)]
     pub(crate) format: FormatArgs,
 }
@@ -525,6 +417,15 @@ mod tests {
         let cli = parse(&["get", "--output", "json", "x"]).expect("valid");
         let Command::Get(get) = cli.command else { panic!("get") };
         assert_eq!(get.format.format, Some(Format::Json));
+    }
+
+    #[test]
+    fn a_cancel_is_of_one_run_or_of_all_that_match() {
+        assert!(parse(&["cancel"]).is_err());
+        assert!(parse(&["cancel", "x", "--all"]).is_err());
+        assert!(parse(&["cancel", "x", "--backend", "b"]).is_err());
+        assert!(parse(&["cancel", "--all", "--backend", "b", "--label", "a=b", "--yes"]).is_ok());
+        assert!(parse(&["cancel", "x"]).is_ok());
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The contract's messages as JSON: field names as in the proto files, enum values without their prefix, times as
 //! RFC 3339, durations in seconds, bytes as base64. Empty fields are left out.
 
+pub(crate) mod parity;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Map, Value, json};
 use worker_client::{
@@ -348,6 +350,7 @@ pub(crate) fn explanation(explained: &proto::ExplainRoutingResponse) -> Value {
     object([
         ("decision", explained.decision.as_ref().map_or(Value::Null, decision)),
         ("reason", json!(explained.reason)),
+        ("shadow", json!(explained.shadow)),
         ("candidates", Value::Array(explained.candidates.iter().map(candidate).collect())),
     ])
 }

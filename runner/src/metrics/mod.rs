@@ -1,5 +1,7 @@
 //! What the service counts and measures, as `/metrics` shows it. Every name is here, with what it means.
 
+mod versions;
+
 use std::{
     sync::atomic::{AtomicI64, AtomicU64},
     time::Duration,
@@ -11,8 +13,16 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use runner_core::{
-    id::BackendName, outcome::Cause, service::Meter, state::RunState, store::StoredTraffic, traffic::Target,
+    id::BackendName,
+    outcome::Cause,
+    service::Meter,
+    shadow::{DifferenceKind, Pair},
+    state::RunState,
+    store::StoredTraffic,
+    traffic::{NoShadow, Target},
 };
+
+use self::versions::Versions;
 
 /// (name without its suffix, what it means). The library adds `_total` to counters and the unit to the rest.
 #[allow(missing_docs, reason = "each says what it means")]
@@ -37,6 +47,29 @@ pub mod name {
         ("runner_traffic_drained", "1 for each backend that takes no new runs");
     pub const TRAFFIC_CHANGES: (&str, &str) =
         ("runner_traffic_changes", "Changes of where new runs go, by action");
+    pub const PLACED_RUNS: (&str, &str) = (
+        "runner_placed_runs",
+        "Runs that were accepted, by backend and the traffic's version that placed them",
+    );
+    pub const PLACED_ENDED: (&str, &str) = (
+        "runner_placed_ended",
+        "Runs that ended, by backend, the traffic's version that placed them, and cause",
+    );
+    pub const PLACED_QUEUE: (&str, &str) =
+        ("runner_placed_queue", "From acceptance to the begin of the first attempt, by backend and version");
+    pub const PLACED_START: (&str, &str) = (
+        "runner_placed_start",
+        "From acceptance to the first attempt's program running, by backend and version",
+    );
+    pub const PLACED_DURATION: (&str, &str) =
+        ("runner_placed_duration", "From acceptance to the terminal state, by backend and version");
+    pub const SHADOWS_ACCEPTED: (&str, &str) = ("runner_shadows_accepted", "Shadows that were accepted");
+    pub const SHADOWS_COMPARED: (&str, &str) =
+        ("runner_shadows_compared", "Runs that were compared with their shadows, by backends and result");
+    pub const SHADOW_DIFFERENCES: (&str, &str) =
+        ("runner_shadow_differences", "Runs that differ from their shadows, by what differs");
+    pub const SHADOWS_SKIPPED: (&str, &str) =
+        ("runner_shadows_skipped", "Runs that were sampled and have no shadow, by reason");
     pub const QUARANTINED: (&str, &str) = ("runner_quarantined_rows", "Stored rows that do not decode");
     pub const CONNECTIONS: (&str, &str) = ("runner_connections", "Open connections, by listener");
     pub const BLOB_REQUESTS: (&str, &str) = ("runner_blob_requests", "Requests of the blob endpoint");
@@ -100,6 +133,18 @@ struct ByAction {
     action: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPair {
+    primary: String,
+    shadow: String,
+    result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByKind {
+    kind: &'static str,
+}
+
 type CountBy<L> = Family<L, Counter<u64, AtomicU64>>;
 type HistogramBy<L> = Family<L, Histogram, fn() -> Histogram>;
 
@@ -125,6 +170,11 @@ pub struct Metrics {
     traffic_share: Family<ByBackend, Gauge<f64, AtomicU64>>,
     traffic_drained: Family<ByBackend, Gauge<i64, AtomicI64>>,
     traffic_changes: CountBy<ByAction>,
+    versions: Versions,
+    shadows_accepted: CountBy<ByBackend>,
+    shadows_compared: CountBy<ByPair>,
+    shadow_differences: CountBy<ByKind>,
+    shadows_skipped: CountBy<ByReason>,
     quarantined: Gauge<i64, AtomicI64>,
     connections: Family<ByListener, Gauge<i64, AtomicI64>>,
     blob_requests: CountBy<ByRequest>,
@@ -150,6 +200,11 @@ impl Metrics {
             traffic_share: Family::default(),
             traffic_drained: Family::default(),
             traffic_changes: Family::default(),
+            versions: Versions::new(),
+            shadows_accepted: Family::default(),
+            shadows_compared: Family::default(),
+            shadow_differences: Family::default(),
+            shadows_skipped: Family::default(),
             quarantined: Gauge::default(),
             connections: Family::default(),
             blob_requests: Family::default(),
@@ -167,6 +222,15 @@ impl Metrics {
         to.register(name::TRAFFIC_SHARE.0, name::TRAFFIC_SHARE.1, metrics.traffic_share.clone());
         to.register(name::TRAFFIC_DRAINED.0, name::TRAFFIC_DRAINED.1, metrics.traffic_drained.clone());
         to.register(name::TRAFFIC_CHANGES.0, name::TRAFFIC_CHANGES.1, metrics.traffic_changes.clone());
+        metrics.versions.register(to);
+        to.register(name::SHADOWS_ACCEPTED.0, name::SHADOWS_ACCEPTED.1, metrics.shadows_accepted.clone());
+        to.register(name::SHADOWS_COMPARED.0, name::SHADOWS_COMPARED.1, metrics.shadows_compared.clone());
+        to.register(
+            name::SHADOW_DIFFERENCES.0,
+            name::SHADOW_DIFFERENCES.1,
+            metrics.shadow_differences.clone(),
+        );
+        to.register(name::SHADOWS_SKIPPED.0, name::SHADOWS_SKIPPED.1, metrics.shadows_skipped.clone());
         to.register(name::QUARANTINED.0, name::QUARANTINED.1, metrics.quarantined.clone());
         to.register(name::CONNECTIONS.0, name::CONNECTIONS.1, metrics.connections.clone());
         to.register(name::BLOB_REQUESTS.0, name::BLOB_REQUESTS.1, metrics.blob_requests.clone());
@@ -221,8 +285,17 @@ fn gauge(count: usize) -> i64 {
 }
 
 impl Meter for Metrics {
-    fn accepted(&self, backend: &BackendName) {
+    fn accepted(&self, backend: &BackendName, version: u64) {
         self.accepted.get_or_create(&ByBackend { backend: backend.to_string() }).inc();
+        self.versions.accepted(backend, version);
+    }
+
+    fn begun(&self, backend: &BackendName, version: u64, duration: Duration) {
+        self.versions.begun(backend, version, duration);
+    }
+
+    fn started(&self, backend: &BackendName, version: u64, duration: Duration) {
+        self.versions.started(backend, version, duration);
     }
 
     fn refused(&self, reason: &'static str) {
@@ -234,7 +307,8 @@ impl Meter for Metrics {
         self.phase_duration.get_or_create(&labels).observe(duration.as_secs_f64());
     }
 
-    fn ended(&self, backend: &BackendName, state: RunState, cause: Cause, duration: Duration) {
+    fn ended(&self, backend: &BackendName, version: u64, state: RunState, cause: Cause, duration: Duration) {
+        self.versions.ended(backend, version, cause, duration);
         let labels = ByEnd { backend: backend.to_string(), state: state.as_str(), cause: cause.as_str() };
         self.ended.get_or_create(&labels).inc();
         let labels = ByBackend { backend: backend.to_string() };
@@ -263,6 +337,7 @@ impl Meter for Metrics {
 
     fn traffic(&self, stored: &StoredTraffic) {
         let by = |backend: &BackendName| ByBackend { backend: backend.to_string() };
+        self.versions.newest(stored.version);
         self.traffic_version.set(i64::try_from(stored.version).unwrap_or(i64::MAX));
         self.traffic_share.clear();
         match &stored.traffic.policy.default {
@@ -287,6 +362,26 @@ impl Meter for Metrics {
         self.traffic_changes.get_or_create(&ByAction { action }).inc();
     }
 
+    fn shadow_skipped(&self, why: NoShadow) {
+        self.shadows_skipped.get_or_create(&ByReason { reason: why.as_str() }).inc();
+    }
+
+    fn shadow_accepted(&self, backend: &BackendName) {
+        self.shadows_accepted.get_or_create(&ByBackend { backend: backend.to_string() }).inc();
+    }
+
+    fn shadow_compared(&self, pair: &Pair, kinds: &[DifferenceKind]) {
+        let labels = ByPair {
+            primary: pair.primary_backend.to_string(),
+            shadow: pair.shadow_backend.to_string(),
+            result: if kinds.is_empty() { "agrees" } else { "differs" },
+        };
+        self.shadows_compared.get_or_create(&labels).inc();
+        for kind in kinds {
+            self.shadow_differences.get_or_create(&ByKind { kind: kind.as_str() }).inc();
+        }
+    }
+
     fn quarantined(&self, rows: usize) {
         self.quarantined.set(gauge(rows));
     }
@@ -300,10 +395,23 @@ mod tests {
     fn what_is_measured_is_shown() {
         let metrics = Metrics::new();
         let backend: BackendName = "local".parse().unwrap();
-        metrics.accepted(&backend);
+        metrics.accepted(&backend, 7);
+        metrics.begun(&backend, 7, Duration::from_millis(1));
+        metrics.started(&backend, 7, Duration::from_millis(2));
+        metrics.shadow_accepted(&backend);
+        metrics.shadow_skipped(NoShadow::Late);
+        let pair = Pair {
+            primary: "01930000-0000-7000-8000-000000000001".parse().unwrap(),
+            tenant: "t".parse().unwrap(),
+            image: None,
+            primary_backend: backend.clone(),
+            shadow_backend: "k8s".parse().unwrap(),
+        };
+        metrics.shadow_compared(&pair, &[]);
+        metrics.shadow_compared(&pair, &[DifferenceKind::Exit, DifferenceKind::Log]);
         metrics.refused("invalid");
         metrics.phase(&backend, RunState::Running, Duration::from_millis(3));
-        metrics.ended(&backend, RunState::Succeeded, Cause::Exited, Duration::from_secs(2));
+        metrics.ended(&backend, 7, RunState::Succeeded, Cause::Exited, Duration::from_secs(2));
         metrics.retried(&backend, Cause::Evicted);
         metrics.log_bytes(17);
         metrics.watchers(2);
@@ -331,6 +439,16 @@ mod tests {
             "runner_live_runs 5",
             r#"runner_orphans_removed_total{backend="local"} 1"#,
             "runner_quarantined_rows 1",
+            r#"runner_placed_runs_total{backend="local",version="7"} 1"#,
+            r#"runner_placed_ended_total{backend="local",version="7",cause="EXITED"} 1"#,
+            r#"runner_placed_queue_seconds_count{backend="local",version="7"} 1"#,
+            r#"runner_placed_start_seconds_count{backend="local",version="7"} 1"#,
+            r#"runner_placed_duration_seconds_count{backend="local",version="7"} 1"#,
+            r#"runner_shadows_accepted_total{backend="local"} 1"#,
+            r#"runner_shadows_skipped_total{reason="late"} 1"#,
+            r#"runner_shadows_compared_total{primary="local",shadow="k8s",result="agrees"} 1"#,
+            r#"runner_shadows_compared_total{primary="local",shadow="k8s",result="differs"} 1"#,
+            r#"runner_shadow_differences_total{kind="log"} 1"#,
             "runner_traffic_version 7",
             r#"runner_traffic_share{backend="local"} 0.75"#,
             r#"runner_traffic_share{backend="k8s"} 0.25"#,
