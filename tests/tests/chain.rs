@@ -2,17 +2,14 @@
 
 mod support;
 
-use std::{
-    fs,
-    process::{Command, Stdio},
-};
+use std::{fs, process::Command};
 
 use runner_tests::{
-    binaries,
     objects::{Dialect, StoreServer},
     service::Service,
 };
 use support::{
+    ctl::ok,
     python::{folder, generate, interpreter, run},
     start_with,
 };
@@ -28,15 +25,6 @@ fn service_on(bucket: &StoreServer) -> Service {
     ])
 }
 
-fn ctl(service: &Service, args: &[&str]) -> String {
-    let mut command = Command::new(binaries::runnerctl().expect("the command line is built"));
-    command.env_remove("RUNNER_ENDPOINT").args(["--endpoint", &service.endpoint()]).args(args);
-    let output = command.stdin(Stdio::null()).output().expect("runnerctl");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {}\n{said}\n{}", output.status, service.log());
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
 /// Runs a shell program whose outputs are a directory and what a pattern matches; answers the run's id.
 fn link(service: &Service, input: Option<&str>, to: &std::path::Path, program: &str) -> String {
     let (dir, texts) =
@@ -46,7 +34,7 @@ fn link(service: &Service, input: Option<&str>, to: &std::path::Path, program: &
         args.extend(["--input", input]);
     }
     args.extend(["--", "sh", "-c", program]);
-    let said = ctl(service, &args);
+    let said = ok(service, &args);
     let first: serde_json::Value = serde_json::from_str(said.lines().next().expect("a line")).expect("JSON");
     first["accepted"]["run_id"].as_str().expect("an id").to_owned()
 }

@@ -6,46 +6,19 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     os::unix::fs::PermissionsExt as _,
-    process::{Child, Command, Output, Stdio},
-    sync::OnceLock,
+    process::{Child, Output, Stdio},
     time::Duration,
 };
 
 use nix::sys::signal::Signal;
-use runner_tests::{binaries, service::Service};
+use runner_tests::service::Service;
 use serde_json::Value;
-use support::{start, until};
+use support::{
+    ctl::{command, ctl, json, ok, text},
+    start, until,
+};
 
 const DEADLINE: Duration = Duration::from_secs(60);
-
-fn command(endpoint: &str, args: &[&str]) -> Command {
-    static PROGRAM: OnceLock<std::path::PathBuf> = OnceLock::new();
-    let program = PROGRAM.get_or_init(|| binaries::runnerctl().expect("the command line is built"));
-    let mut command = Command::new(program);
-    command.env_remove("RUNNER_ENDPOINT").args(["--endpoint", endpoint]).args(args).stdin(Stdio::null());
-    command
-}
-
-fn ctl(service: &Service, args: &[&str]) -> Output {
-    command(&service.endpoint(), args).output().expect("runnerctl")
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// The output of a command that succeeded, as text.
-fn ok(service: &Service, args: &[&str]) -> String {
-    let output = ctl(service, args);
-    let said = text(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {}\n{said}\n{}", output.status, service.log());
-    text(&output.stdout)
-}
-
-fn json(service: &Service, args: &[&str]) -> Value {
-    let text = ok(service, args);
-    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{args:?}: {error}: {text}"))
-}
 
 fn lines(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
@@ -334,4 +307,55 @@ fn backends_and_completion_are_shown() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(ok(&service, &["completion", shell]).contains("runnerctl"), "{shell}");
     }
+}
+
+/// Cancels every run that matches, and no other.
+#[test]
+fn a_bulk_cancel_shows_what_it_would_do_asks_and_does_it() {
+    let service = start();
+    let sleep = |label: &str| {
+        let args = ["run", "--detach", "--label", label, "--", "sleep", "600"];
+        ok(&service, &args).trim().to_owned()
+    };
+    let (mut wanted, other) = ([sleep("team=a"), sleep("team=a"), sleep("team=a")], sleep("team=b"));
+    let all = ["cancel", "--all", "--label", "team=a", "--backend", "local", "--reason", "enough"];
+    // Nobody can be asked: nothing happens.
+    let refused = ctl(&service, &all);
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused.stderr));
+    assert!(text(&refused.stderr).contains("3 runs match"), "{}", text(&refused.stderr));
+    for id in &wanted {
+        assert!(text(&refused.stderr).contains(id.as_str()), "{}", text(&refused.stderr));
+        assert!(!json(&service, &["get", id, "-o", "json"])["cancel_requested"].as_bool().unwrap_or(false));
+    }
+    let over = ctl(&service, &["cancel", "--all", "--state", "failed", "--yes"]);
+    assert_eq!(over.status.code(), Some(2), "{}", text(&over.stderr));
+
+    let done = json(&service, &[&all[..], &["--yes", "--wait", "-o", "json"]].concat());
+    let mut cancelled: Vec<_> = done["cancelled"]
+        .as_array()
+        .expect("ids")
+        .iter()
+        .map(|id| id.as_str().expect("an id").to_owned())
+        .collect();
+    cancelled.sort();
+    wanted.sort();
+    assert_eq!(cancelled, wanted);
+    assert_eq!(
+        (done["ended"].as_array().map(Vec::len), done["failed"].as_array().map(Vec::len)),
+        (Some(0), Some(0))
+    );
+    assert!(wanted.iter().all(|id| state(&service, id) == "CANCELLED"));
+    // Asked for again, there is nothing left to do.
+    assert_eq!(ok(&service, &[&all[..], &["--yes"]].concat()), "0 cancelled, 0 had ended, 0 failed\n");
+    assert_ne!(state(&service, &other), "CANCELLED");
+    assert_eq!(ok(&service, &["cancel", "--all", "--yes", "--wait"]), "1 cancelled, 0 had ended, 0 failed\n");
+}
+
+#[test]
+fn the_health_of_backends_is_an_exit_status() {
+    let service = start();
+    let said = ok(&service, &["backend", "health", "local"]);
+    assert!(said.contains("healthy"), "{said}");
+    assert_eq!(json(&service, &["backend", "health", "-o", "json"])["backends"][0]["healthy"], true);
+    assert_eq!(ctl(&service, &["backend", "health", "nowhere"]).status.code(), Some(1));
 }

@@ -2,31 +2,13 @@
 
 mod support;
 
-use std::{
-    fs,
-    process::{Command, Output, Stdio},
+use std::{fs, process::Command};
+
+use runner_tests::service::Service;
+use support::{
+    ctl::{ctl, ok, text},
+    start,
 };
-
-use runner_tests::{binaries, service::Service};
-use support::start;
-
-fn ctl(service: &Service, args: &[&str]) -> Output {
-    let mut command = Command::new(binaries::runnerctl().expect("the command line is built"));
-    command.env_remove("RUNNER_ENDPOINT").args(["--endpoint", &service.endpoint()]).args(args);
-    command.stdin(Stdio::null()).output().expect("runnerctl")
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// The output of a command that succeeded, as text.
-fn ok(service: &Service, args: &[&str]) -> String {
-    let output = ctl(service, args);
-    let said = text(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {}\n{said}\n{}", output.status, service.log());
-    text(&output.stdout)
-}
 
 /// Runs a shell program; answers the run's id.
 fn run(service: &Service, args: &[&str], program: &str) -> String {

@@ -7,7 +7,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
-    process::{Command, Output, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -16,42 +15,16 @@ use std::{
 };
 
 use runner_tests::{
-    backend::dind::{self, IMAGE},
-    binaries,
-    docker::{self, Engine, TestImage},
+    docker,
     service::{Service, eventually},
 };
+use support::{
+    ctl::{json, ok_in},
+    two::start,
+    until,
+};
+
 use worker_client::{RunSpec, proto};
-
-/// A service with two backends: `dind` on an engine, and `cluster`, which stands for any other.
-async fn start(engine: &Engine) -> Service {
-    TestImage::busybox().load(&engine.connect(), IMAGE).await;
-    let agent = dind::config(engine).agent.expect("the harness names the agent");
-    let backends = format!(
-        "[{{ kind = 'dind', name = 'dind', host = '{}', agent = '{}', default_image = '{IMAGE}', slots = 4 }}, \
-         {{ kind = 'local', name = 'cluster', slots = 4 }}]",
-        engine.host(),
-        agent.display()
-    );
-    Service::start_with(&[("RUNNER_BACKENDS", &backends), ("RUNNER_DEFAULT_BACKEND", "dind")]).await
-}
-
-fn ctl(service: &Service, dir: &Path, args: &[String]) -> Output {
-    let mut command = Command::new(binaries::runnerctl().expect("the command line is built"));
-    command.env_remove("RUNNER_ENDPOINT").args(["--endpoint", &service.endpoint()]).args(args);
-    command.current_dir(dir).stdin(Stdio::null()).output().expect("runnerctl")
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn ok(service: &Service, dir: &Path, args: &[String]) -> String {
-    let output = ctl(service, dir, args);
-    let said = text(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {}\n{said}\n{}", output.status, service.log());
-    text(&output.stdout)
-}
 
 fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
@@ -64,6 +37,8 @@ fn words(line: &str) -> Vec<String> {
     }
     words
 }
+
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The blocks of a page: the word after the fence, and the lines.
 fn blocks(page: &str) -> Vec<(String, Vec<String>)> {
@@ -99,7 +74,8 @@ fn every_command_of_the_guide_does_what_it_says() {
             "console" => {
                 for line in lines {
                     let line = line.strip_prefix("$ runnerctl ").expect("a command").to_owned();
-                    let said = ok(&service, dir.path(), &words(&line));
+                    let line = prepared(&service, line);
+                    let said = ok_in(&service, dir.path(), &words(&line));
                     assert!(!said.is_empty(), "{line}");
                     check(&line, &said);
                     executed += 1;
@@ -108,7 +84,26 @@ fn every_command_of_the_guide_does_what_it_says() {
             other => panic!("what is a block of {other:?}?"),
         }
     }
-    assert!(executed >= 18, "{executed} commands");
+    assert!(executed >= 29, "{executed} commands");
+}
+
+/// Waits for what a person would wait for before this command, and names the run that it is about.
+fn prepared(service: &Service, line: String) -> String {
+    if line.starts_with("parity") {
+        until("a run was compared", DEADLINE, || {
+            json(service, &["parity", "report", "-o", "json"])["total"]["pairs"] != 0
+        });
+        let listed = json(service, &["parity", "report", "-o", "json"]);
+        assert_eq!(listed["total"]["agreeing"], 1, "{listed}");
+        let runs = json(service, &["list", "-o", "json"]);
+        return line.replace("RUN", runs["runs"][0]["run_id"].as_str().expect("an id"));
+    }
+    if line.ends_with("\"dind is gone\"") {
+        until("the ramp is over", DEADLINE, || {
+            json(service, &["traffic", "get", "-o", "json"])["ramp"]["status"] != "RUNNING"
+        });
+    }
+    line
 }
 
 /// What the guide says of a command, where it says something that can be seen.
@@ -131,12 +126,29 @@ fn check(line: &str, said: &str) {
     } else if starts("traffic get --policy") {
         shows("salt:");
         shows("baseline: dind");
+    } else if starts("run --idempotent") {
+        shows("hello");
+    } else if starts("traffic explain --idempotent") {
+        shows("Shadow: on cluster");
+    } else if starts("parity report --differing") {
+        shows("all    0      0      0       0        -");
+    } else if starts("parity report") {
+        shows("all        1      1      0       0        100 %");
+    } else if starts("parity show") {
+        shows("agrees");
+        shows("exit 0");
+    } else if starts("backend health") {
+        shows("healthy");
+    } else if starts("cancel --all") {
+        shows("0 cancelled, 0 had ended, 0 failed");
+    } else if starts("traffic explain -- true") {
+        shows("Goes to cluster (policy ");
     } else if starts("audit") {
         shows("traffic.rollback");
         shows("too slow");
     } else if starts("backend drain") {
         shows("Drained:");
-        shows("it is to be switched off");
+        shows(if line.contains("for good") { "for good" } else { "it is to be switched off" });
     }
 }
 
@@ -281,11 +293,11 @@ async fn a_backend_is_drained_under_load_and_no_run_is_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let policy = "default: { split: { baseline: dind, canaries: [ { backend: cluster, percent: 50 } ] } }\n";
     fs::write(dir.path().join("p.yaml"), policy).expect("write the policy");
-    ok(&service, dir.path(), &words("traffic set p.yaml --reason test"));
+    ok_in(&service, dir.path(), &words("traffic set p.yaml --reason test"));
     let load = Load::start(&service, 4);
     load.reaches(&["dind", "cluster"]).await;
     let client = service.client();
-    ok(&service, dir.path(), &words("backend drain dind --wait --reason test"));
+    ok_in(&service, dir.path(), &words("backend drain dind --wait --reason test"));
     let backends = client.backends().await.expect("the backends");
     let dind = backends.iter().find(|backend| backend.name == "dind").expect("dind");
     assert_eq!((dind.live_runs, dind.drained.is_some()), (0, true), "it is empty, under load");

@@ -1,7 +1,9 @@
 //! What the tests of the clients have in common.
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
+pub mod ctl;
 pub mod python;
+pub mod two;
 
 use std::{io::Write as _, thread, time::Duration};
 
