@@ -95,11 +95,15 @@ impl Cluster {
 
     /// Puts the service's image onto the node.
     ///
+    /// # Errors
+    /// Where there is none.
+    ///
     /// # Panics
-    /// Where it cannot be built, or the node does not take it.
-    pub fn load_service_image() {
-        let archive = binaries::service_image().expect("build the service's image");
+    /// Where it cannot be read, or the node does not take it.
+    pub fn load_service_image() -> Result<(), Missing> {
+        let archive = binaries::service_image().map_err(Missing)?;
         import(&fs::read(archive).expect("read the service's image"));
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The chart on a real cluster: installed, used, killed, and uninstalled; and what the accounts that it makes may do there.
 //!
-//! Needs what the tests of the Kubernetes backend need, and Helm.
+//! Needs what the tests of the Kubernetes backend need, Helm, and the service's image: `cargo xtask test` builds that, which takes as long
+//! as everything else together, where `RUNNER_REQUIRE_BACKENDS` has `chart-installation`.
 
 use std::{collections::BTreeSet, fs, net::Ipv4Addr, time::Duration};
 
@@ -32,7 +33,7 @@ impl Release {
     async fn prepare(test: &str) -> Option<Self> {
         let chart = Chart::find(test)?;
         let cluster = cluster::shared().await.map_err(|missing| missing.skip("k8sjob", test)).ok()?;
-        Cluster::load_service_image();
+        Cluster::load_service_image().map_err(|missing| missing.skip("chart-installation", test)).ok()?;
         let name = format!("chart-{:08x}", SystemIds.random() as u32);
         let folder =
             tempfile::Builder::new().prefix("runner-chart-").tempdir().expect("a temporary directory");

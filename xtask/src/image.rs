@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufWriter, Read as _, Write as _},
+    io::{self, BufWriter, Read as _, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -46,8 +46,25 @@ impl Wanted {
         Some(wanted)
     }
 
-    /// All, as tests use them.
-    pub(crate) const ALL: Self = Self { agent: true, service: true, release: false };
+    /// As tests use them.
+    pub(crate) const fn by_tests(service: bool) -> Self {
+        Self { agent: true, service, release: false }
+    }
+}
+
+/// Removes the service's image as tests use it, so that none of them finds yesterday's.
+///
+/// # Errors
+/// Where it cannot be removed.
+pub(crate) fn forget_service() -> Result<()> {
+    match fs::remove_file(place(false, "runner")?) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+fn place(release: bool, of: &str) -> Result<PathBuf> {
+    Ok(agent::folder(release)?.join(format!("{of}-image.tar")))
 }
 
 /// Builds images into the target's folder: archives that `docker load` and `ctr images import` take.
@@ -71,7 +88,7 @@ pub(crate) fn run(wanted: Wanted) -> Result<()> {
 
 fn image(release: bool, of: &str, programs: &[(&str, &Path)]) -> Result<()> {
     let name = format!("docker.io/library/{of}:{}", env!("CARGO_PKG_VERSION"));
-    let place = agent::folder(release)?.join(format!("{of}-image.tar"));
+    let place = place(release, of)?;
     write(programs, &name, &place)?;
     let bytes = fs::metadata(&place)?.len();
     process::say(&format!("{}: {name}, {:.1} MiB", place.display(), megabytes(bytes)));
@@ -214,11 +231,11 @@ mod tests {
     fn all_images_are_wanted_where_none_is_named() {
         let parse =
             |words: &[&str]| Wanted::parse(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
-        assert_eq!(parse(&[]), Some(Wanted::ALL));
-        assert_eq!(parse(&["agent"]), Some(Wanted { service: false, ..Wanted::ALL }));
+        assert_eq!(parse(&[]), Some(Wanted::by_tests(true)));
+        assert_eq!(parse(&["agent"]), Some(Wanted { service: false, ..Wanted::by_tests(true) }));
         assert_eq!(
             parse(&["service", "--release"]),
-            Some(Wanted { agent: false, release: true, ..Wanted::ALL })
+            Some(Wanted { agent: false, release: true, ..Wanted::by_tests(true) })
         );
         assert_eq!(parse(&["--debug"]), None);
     }
