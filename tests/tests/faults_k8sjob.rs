@@ -171,22 +171,6 @@ async fn an_image_that_cannot_be_had_is_told_as_such() {
     scene.assert_clean(&[&run]).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pod_that_no_node_takes_is_told_as_such() {
-    // No node has such a label.
-    let Some(scene) =
-        scene("no node", ", unschedulable_seconds = 3, node_selector = { runner-test = 'none' }").await
-    else {
-        return;
-    };
-    let client = scene.service.client();
-    let run = start(&client, sh("echo never")).await;
-    let watched = watch(&client, &run, "").await;
-    assert_eq!(watched.end().cause(), proto::Cause::Unschedulable, "{:?}", watched.end());
-    assert!(watched.end().outcome.message.contains("node(s)"), "{:?}", watched.end());
-    scene.assert_clean(&[&run]).await;
-}
-
 /// The node's own log of a container is rotated many times meanwhile; nobody reads it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_of_300_mb_is_exact() {
