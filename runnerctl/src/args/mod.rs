@@ -313,19 +313,19 @@ pub(crate) struct CancelArgs {
     #[arg(long)]
     pub(crate) all: bool,
     /// With --all: runs on this backend.
-    #[arg(long, short = 'b', value_name = "NAME", requires = "all")]
+    #[arg(long, short = 'b', value_name = "NAME", requires = "all", conflicts_with = "run")]
     pub(crate) backend: Option<String>,
     /// With --all: runs with this label. May be repeated: all of them.
-    #[arg(long, short = 'l', value_name = "K=V", requires = "all")]
+    #[arg(long, short = 'l', value_name = "K=V", requires = "all", conflicts_with = "run")]
     pub(crate) label: Vec<KeyValue>,
     /// With --all: runs with exactly this image.
-    #[arg(long, value_name = "IMAGE", requires = "all")]
+    #[arg(long, value_name = "IMAGE", requires = "all", conflicts_with = "run")]
     pub(crate) image: Option<String>,
     /// With --all: runs in this state. May be repeated: any of them.
-    #[arg(long, short = 's', value_enum, requires = "all")]
+    #[arg(long, short = 's', value_enum, requires = "all", conflicts_with = "run")]
     pub(crate) state: Vec<StateArg>,
     /// With --all: does not ask.
-    #[arg(long, short = 'y', requires = "all")]
+    #[arg(long, short = 'y', requires = "all", conflicts_with = "run")]
     pub(crate) yes: bool,
     /// With --all: calls at once.
     #[arg(long, short = 'j', value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
