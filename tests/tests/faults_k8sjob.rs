@@ -10,12 +10,11 @@ use kube::{
 use runner_core::fake::backend::Flood;
 use runner_tests::{
     cluster::NAMESPACE,
-    objects::{Dialect, StoreServer},
+    objects::{Dialect, StoreServer, sha256_of_zeros},
     proc,
     scene::{On, Scene},
     service::{Watched, eventually, watch, watch_for},
 };
-use sha2::{Digest as _, Sha256};
 use worker_client::{Client, RunSpec, proto};
 
 async fn scene(test: &str, of_backend: &str) -> Option<Scene> {
@@ -186,14 +185,6 @@ async fn a_log_of_300_mb_is_exact() {
     assert_eq!((watched.out.len(), watched.dropped), (BYTES, 0));
     assert!(watched.out == Flood::new(false).take(BYTES), "the log differs");
     scene.assert_clean(&[&run]).await;
-}
-
-fn sha256_of_zeros(size: u64) -> String {
-    let (zeros, mut hash) = (vec![0; 1 << 20], Sha256::new());
-    for _ in 0..size >> 20 {
-        hash.update(&zeros);
-    }
-    hex::encode(hash.finalize())
 }
 
 /// Far more than an agent's memory goes in and out.

@@ -1,25 +1,15 @@
 //! 4 GiB in and 4 GiB out of a run, over S3, each checked by its SHA-256, in little memory of the service.
 
 use runner_tests::{
-    objects::{Dialect, StoreServer},
+    objects::{Dialect, StoreServer, sha256_of_zeros},
     proc,
     service::{Service, within},
 };
-use sha2::{Digest as _, Sha256};
 use worker_client::{Client, RunSpec, proto};
 
 const SIZE: u64 = 4 << 30;
 /// What the service may have more than when it is idle, in bytes.
 const EXTRA: u64 = 64 << 20;
-
-/// The SHA-256 of so many zero bytes.
-fn sha256_of_zeros(size: u64) -> String {
-    let (zeros, mut hash) = (vec![0; 1 << 20], Sha256::new());
-    for _ in 0..size >> 20 {
-        hash.update(&zeros);
-    }
-    hex::encode(hash.finalize())
-}
 
 /// Takes an object of this size as an input, and stores an output of the same.
 async fn through(client: &Client, bucket: &StoreServer, size: u64) -> String {

@@ -10,6 +10,8 @@ pub mod bucket;
 pub mod fault;
 pub mod server;
 
+use sha2::{Digest as _, Sha256};
+
 pub use self::{
     fault::{Action, Fault},
     server::{Dialect, StoreServer},
@@ -18,4 +20,13 @@ pub use self::{
 /// Whether a server that is missing fails the tests that need it: `RUNNER_REQUIRE_STORES`, a comma-separated list.
 pub fn required(name: &str) -> bool {
     std::env::var("RUNNER_REQUIRE_STORES").is_ok_and(|list| list.split(',').any(|one| one.trim() == name))
+}
+
+/// The SHA-256, in hex, of so many zero bytes: whole MiB.
+pub fn sha256_of_zeros(size: u64) -> String {
+    let (zeros, mut hash) = (vec![0; 1 << 20], Sha256::new());
+    for _ in 0..size >> 20 {
+        hash.update(&zeros);
+    }
+    hex::encode(hash.finalize())
 }
