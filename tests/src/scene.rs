@@ -1,14 +1,11 @@
 //! A service with one backend, for tests that are the same on every backend.
 
-use std::net::{Ipv4Addr, SocketAddr};
-
 use tempfile::TempDir;
 
 use crate::{
     backend::{dind, k8sjob},
     cluster::{self, Cluster},
     docker::Engine,
-    port::free_address,
     service::{Service, eventually},
     witness::Witness,
 };
@@ -73,8 +70,8 @@ impl Scene {
             On::K8sJob => {
                 let cluster = cluster::shared().await.map_err(|missing| missing.skip("k8sjob", test)).ok()?;
                 let dir = tempfile::tempdir().expect("a temporary directory");
-                let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_address().port()));
-                let settings = k8sjob::settings(&cluster, dir.path(), listen, of_backend);
+                let agents = k8sjob::agents_address();
+                let settings = k8sjob::settings(&cluster, dir.path(), agents, of_backend);
                 let witness = Witness::listen_on(cluster.address).await;
                 (settings, witness, Substrate::Cluster { cluster, _kubeconfig: dir })
             }

@@ -1,18 +1,12 @@
 //! The same spec on every backend of one service: the same outcome, the same bytes in its log, the same outputs.
 
-use std::{
-    collections::BTreeMap,
-    fmt, fs,
-    net::{Ipv4Addr, SocketAddr},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, fs, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use runner_tests::{
     backend::{dind, k8sjob},
     cluster,
     docker::TestImage,
-    port::free_address,
     service::{Service, watch},
 };
 use worker_client::{Client, RunSpec, TransferOptions, proto};
@@ -204,20 +198,16 @@ async fn the_same_spec_ends_the_same_on_every_backend() {
     };
     TestImage::busybox().load(&engine.connect(), dind::IMAGE).await;
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_address().port()));
+    let agents = k8sjob::agents_address();
     let of_engine = dind::settings(engine, &engine.host(), ", slots = 4");
-    let of_cluster = k8sjob::settings(&cluster, dir.path(), listen, ", slots = 4");
-    let inner = |settings: &[(&str, String)]| {
-        let backends = settings.iter().find(|(name, _)| *name == "RUNNER_BACKENDS");
-        backends.expect("a backend").1.trim_matches(['[', ']']).to_owned()
-    };
+    let of_engine = of_engine.iter().find(|(name, _)| *name == "RUNNER_BACKENDS").expect("a backend");
     let backends = format!(
         "[{{ kind = 'local', name = 'local', slots = 4 }}, {}, {}]",
-        inner(&of_engine),
-        inner(&of_cluster)
+        of_engine.1.trim_matches(['[', ']']),
+        k8sjob::table(&cluster, dir.path(), agents, ("k8sjob", cluster::IMAGE), ", slots = 4"),
     );
     let service = Service::start_with(&[
-        ("RUNNER_AGENT_LISTEN", &listen.to_string()),
+        ("RUNNER_AGENT_LISTEN", &agents.to_string()),
         ("RUNNER_BACKENDS", &backends),
         ("RUNNER_DEFAULT_BACKEND", "local"),
     ])

@@ -1,7 +1,7 @@
 //! The harness of the Kubernetes backend: real pods of a real cluster, real agents that dial a surface of the test's own.
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::Path,
     sync::{Arc, Mutex},
     time::Duration,
@@ -45,6 +45,7 @@ use super::{
 };
 use crate::{
     cluster::{self, Cluster, IMAGE, NAMESPACE},
+    port::free_address,
     proc,
 };
 
@@ -151,38 +152,58 @@ pub fn config(cluster: &Cluster, dir: &Path, port: u16) -> K8sJobConfig {
     }
 }
 
-/// Settings of a service with this backend, as variables of its environment.
+/// The backend as a table of a service's configuration, with another name and image where they are given.
 ///
-/// They say that the cluster enforces network policies, so that a spec may be the same as on other backends. It does not; no
-/// test with these settings is about networks.
+/// It says that the cluster enforces network policies, so that a spec may be the same as on other backends. It does not; no test
+/// with this is about networks.
 ///
 /// # Panics
 /// Where the kubeconfig cannot be written into the directory.
-pub fn settings(
+pub fn table(
     cluster: &Cluster,
     dir: &Path,
-    listen: SocketAddr,
+    agents: SocketAddr,
+    (name, image): (&str, &str),
     more: &str,
-) -> Vec<(&'static str, String)> {
-    let config = config(cluster, dir, listen.port());
-    let (kubeconfig, image) =
-        (config.kubeconfig.unwrap_or_default(), config.default_image.unwrap_or_default());
-    let backend = format!(
-        "[{{ kind = 'k8sjob', name = 'k8sjob', kubeconfig = '{}', namespace = '{}', agent_url = '{}', agent_image = '{}', \
+) -> String {
+    let config = config(cluster, dir, agents.port());
+    format!(
+        "{{ kind = 'k8sjob', name = '{name}', kubeconfig = '{}', namespace = '{}', agent_url = '{}', agent_image = '{}', \
          default_image = '{image}', pull_policy = 'Never', cpu_request_percent = {}, memory_request_percent = {}, \
-         enforces_network_policies = true{more} }}]",
-        kubeconfig.display(),
+         enforces_network_policies = true{more} }}",
+        config.kubeconfig.unwrap_or_default().display(),
         config.namespace,
         config.agent_url,
         config.agent_image,
         config.cpu_request_percent,
         config.memory_request_percent,
-    );
+    )
+}
+
+/// Settings of a service with this backend, as variables of its environment.
+///
+/// # Panics
+/// As [`table`].
+pub fn settings(
+    cluster: &Cluster,
+    dir: &Path,
+    agents: SocketAddr,
+    more: &str,
+) -> Vec<(&'static str, String)> {
+    let table = table(cluster, dir, agents, ("k8sjob", IMAGE), more);
     vec![
-        ("RUNNER_AGENT_LISTEN", listen.to_string()),
-        ("RUNNER_BACKENDS", backend),
+        ("RUNNER_AGENT_LISTEN", agents.to_string()),
+        ("RUNNER_BACKENDS", format!("[{table}]")),
         ("RUNNER_DEFAULT_BACKEND", "k8sjob".to_owned()),
     ]
+}
+
+/// An address for agents to dial: a port that nobody listens on now, on every address of this machine.
+///
+/// # Panics
+/// Where there is none.
+pub fn agents_address() -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, free_address().port()).into()
 }
 
 /// Opens a backend whose agents meet it at this hub.

@@ -89,6 +89,21 @@ impl TestImage {
         Self { layer, architecture: this_architecture(), config: json!({}) }
     }
 
+    /// With one more file, executable by everybody.
+    ///
+    /// # Panics
+    /// Where the layer is no archive.
+    #[must_use]
+    pub fn and(mut self, path: &str, bytes: &[u8]) -> Self {
+        let mut more = tar::Builder::new(Vec::new());
+        add(&mut more, path, tar::EntryType::Regular, 0o755, bytes, None);
+        let more = more.into_inner().expect("an archive in memory");
+        // An archive ends with two empty blocks; what comes after them is not read.
+        let end = self.layer.iter().rposition(|byte| *byte != 0).map_or(0, |last| last / 512 + 1) * 512;
+        self.layer = [&self.layer[..end], &more].concat().into();
+        self
+    }
+
     /// For another machine: `arm64`, for example.
     #[must_use]
     pub fn architecture(mut self, architecture: &str) -> Self {

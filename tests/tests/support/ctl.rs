@@ -51,3 +51,16 @@ pub fn json(service: &Service, args: &[&str]) -> serde_json::Value {
     let text = ok(service, args);
     serde_json::from_str(&text).unwrap_or_else(|error| panic!("{args:?}: {error}: {text}"))
 }
+
+/// The words of a command line, with `"` around those that have blanks in them.
+pub fn words(line: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    for (i, part) in line.split('"').enumerate() {
+        if i % 2 == 1 {
+            words.push(part.to_owned());
+        } else {
+            words.extend(part.split_whitespace().map(str::to_owned));
+        }
+    }
+    words
+}

@@ -2,7 +2,9 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
 pub mod ctl;
+pub mod pairs;
 pub mod python;
+pub mod ramp;
 pub mod two;
 
 use std::{io::Write as _, thread, time::Duration};
