@@ -45,10 +45,14 @@ pub(crate) fn cargo() -> Result<Command> {
     Ok(command)
 }
 
-/// Runs a command to its end; its failure is an error that names it.
+/// Runs a command to its end and says how long that took; its failure is an error that names it.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     say(&format!("$ {}", line(command)));
+    #[allow(clippy::disallowed_methods, reason = "xtask is above the core that has the clock")]
+    let begin = std::time::Instant::now();
     let status = command.status().with_context(|| format!("start {}", line(command)))?;
+    // Where the time of a long check goes has to be seen in its log.
+    say(&format!("  {} s", begin.elapsed().as_secs()));
     if !status.success() {
         bail!("{} failed: {status}", line(command));
     }
