@@ -17,6 +17,7 @@ pub mod id;
 pub mod limits;
 pub mod log;
 pub mod outcome;
+pub mod role;
 pub mod service;
 pub mod shadow;
 pub mod spec;

@@ -22,6 +22,7 @@ use runner_core::{
     id::{BackendName, RunId},
     limits::Limits,
     log::LogStore as _,
+    role::Role,
     service::{
         Caller, NoMeter, Options, Parts, Retention, RunRequest, RunService, ServiceError, StreamCursor,
         StreamOptions, SweepReport,
@@ -147,7 +148,7 @@ impl World {
 }
 
 fn caller(tenant: &str) -> Caller {
-    Caller { tenant: tenant.parse().unwrap(), subject: "test".to_owned() }
+    Caller { tenant: tenant.parse().unwrap(), subject: "test".to_owned(), roles: Role::ALL.into() }
 }
 
 /// The id of an upload that was begun so long after the clock's beginning.

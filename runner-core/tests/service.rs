@@ -16,6 +16,7 @@ use runner_core::{
     limits::Limits,
     log::FrameBody,
     outcome::{Cause, ExitStatus},
+    role::Role,
     service::{
         Caller, NoMeter, Options, Parts, RunRequest, RunService, ServiceError, StreamBody, StreamCursor,
         StreamItem, StreamOptions,
@@ -86,7 +87,7 @@ fn name(text: &str) -> BackendName {
 }
 
 fn caller() -> Caller {
-    Caller { tenant: "default".parse().unwrap(), subject: "test".to_owned() }
+    Caller { tenant: "default".parse().unwrap(), subject: "test".to_owned(), roles: Role::ALL.into() }
 }
 
 fn spec(program: &[&str]) -> RunSpec {
@@ -281,7 +282,8 @@ async fn another_tenant_sees_nothing() {
     let world = World::new();
     let service = world.start().await;
     let id = accept(&service, spec(&["exit", "0"])).await;
-    let stranger = Caller { tenant: "other".parse().unwrap(), subject: "x".to_owned() };
+    let stranger =
+        Caller { tenant: "other".parse().unwrap(), subject: "x".to_owned(), roles: Role::ALL.into() };
     assert!(matches!(service.get(&stranger, id).await, Err(ServiceError::NotFound(_))));
     assert!(matches!(service.cancel(&stranger, id, String::new()).await, Err(ServiceError::NotFound(_))));
     assert!(service.stream(&stranger, id, StreamCursor::default(), FOLLOW).await.is_err());

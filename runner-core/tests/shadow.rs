@@ -19,6 +19,7 @@ use runner_core::{
     id::{AttemptId, BackendName, RunId},
     limits::{Bound, Limits},
     outcome::Cause,
+    role::Role,
     service::{Caller, Meter, Options, Parts, RunRequest, RunService, ServiceError, TrafficChange},
     shadow::{DifferenceKind, Pair, PairFilter, PairRecord, Parity, Stage, Verdict},
     spec::{InputSource, Output, RunSpec},
@@ -157,7 +158,7 @@ fn name(text: &str) -> BackendName {
 }
 
 fn caller() -> Caller {
-    Caller { tenant: "default".parse().unwrap(), subject: "ops".to_owned() }
+    Caller { tenant: "default".parse().unwrap(), subject: "ops".to_owned(), roles: Role::ALL.into() }
 }
 
 fn shadows() -> Shadows {

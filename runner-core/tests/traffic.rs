@@ -13,6 +13,7 @@ use runner_core::{
     },
     id::{BackendName, RunId},
     limits::Limits,
+    role::Role,
     service::{
         Caller, GuardReport, GuardVerdict, NoMeter, Options, Parts, RunRequest, RunService, ServiceError,
         TrafficChange,
@@ -77,7 +78,7 @@ fn name(text: &str) -> BackendName {
 }
 
 fn caller() -> Caller {
-    Caller { tenant: "default".parse().unwrap(), subject: "ops".to_owned() }
+    Caller { tenant: "default".parse().unwrap(), subject: "ops".to_owned(), roles: Role::ALL.into() }
 }
 
 fn share(percent: u16) -> Share {

@@ -4,9 +4,9 @@
 //! refuses to listen beyond loopback, unless the operator says in words that whoever reaches the port is trusted; see
 //! [`reachable`].
 
-use std::net::SocketAddr;
+use std::{collections::BTreeSet, net::SocketAddr};
 
-use runner_core::{id::TenantId, service::Caller};
+use runner_core::{id::TenantId, role::Role, service::Caller};
 
 use crate::config::UnauthenticatedCallers;
 
@@ -20,11 +20,11 @@ pub struct Authenticator {
 }
 
 impl Authenticator {
-    /// Takes everybody for the one tenant that there is.
+    /// Takes everybody for the one tenant that there is, with these roles.
     #[allow(clippy::expect_used, reason = "a constant that a test checks")]
-    pub fn unauthenticated() -> Self {
+    pub fn unauthenticated(roles: BTreeSet<Role>) -> Self {
         let tenant: TenantId = TENANT.parse().expect("the default tenant's name is valid");
-        Self { caller: Caller { tenant, subject: "anonymous".to_owned() } }
+        Self { caller: Caller { tenant, subject: "anonymous".to_owned(), roles } }
     }
 
     /// The caller of a request.
@@ -93,6 +93,6 @@ mod tests {
 
     #[test]
     fn the_default_tenant_is_valid() {
-        assert_eq!(Authenticator::unauthenticated().caller().tenant.as_str(), TENANT);
+        assert_eq!(Authenticator::unauthenticated(Role::ALL.into()).caller().tenant.as_str(), TENANT);
     }
 }

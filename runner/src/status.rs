@@ -31,6 +31,8 @@ pub enum Reason {
     LimitReached,
     /// The domain's own code, for example `NOT_RUNNING`.
     Precondition(&'static str),
+    /// The caller may not do this.
+    Denied,
     /// Uploaded bytes are not what was promised.
     ArtifactMismatch,
     /// Not now.
@@ -51,6 +53,7 @@ impl Reason {
             Self::AlreadyExists => "ALREADY_EXISTS",
             Self::LimitReached => "LIMIT_REACHED",
             Self::Precondition(code) => code,
+            Self::Denied => "DENIED",
             Self::ArtifactMismatch => "ARTIFACT_MISMATCH",
             Self::Unavailable => "UNAVAILABLE",
             Self::ShuttingDown => "SHUTTING_DOWN",
@@ -120,6 +123,10 @@ pub fn service(error: &ServiceError) -> Status {
             details.set_retry_info(Some(*retry_after));
             details.add_quota_failure_violation(*limit, message.clone());
             Status::with_error_details(Code::ResourceExhausted, message, details)
+        }
+        ServiceError::Denied { field, .. } => {
+            let details = Reason::Denied.details([("field", (*field).to_owned())]);
+            Status::with_error_details(Code::PermissionDenied, message, details)
         }
         ServiceError::FailedPrecondition { reason, .. } => Status::with_error_details(
             Code::FailedPrecondition,
@@ -236,10 +243,12 @@ mod tests {
         let id = RunId::new(Uuid::from_u128(1));
         let precondition =
             ServiceError::FailedPrecondition { reason: "NOT_RUNNING", message: "no".to_owned() };
+        let denied = ServiceError::Denied { field: "spec.routing.backend", message: "no".to_owned() };
         for (error, code, expected) in [
             (ServiceError::NotFound(id), Code::NotFound, "RUN_NOT_FOUND"),
             (ServiceError::AlreadyExists { field: "run_id" }, Code::AlreadyExists, "ALREADY_EXISTS"),
             (precondition, Code::FailedPrecondition, "NOT_RUNNING"),
+            (denied, Code::PermissionDenied, "DENIED"),
             (ServiceError::Unavailable("x".to_owned()), Code::Unavailable, "UNAVAILABLE"),
             (ServiceError::Internal("secret path".to_owned()), Code::Internal, "INTERNAL"),
         ] {

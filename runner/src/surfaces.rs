@@ -101,7 +101,7 @@ impl Surfaces {
             signer: Arc::clone(&signer),
             clock: Arc::clone(&clock),
             ids,
-            auth: Authenticator::unauthenticated(),
+            auth: Authenticator::unauthenticated(config.unauthenticated_roles.clone()),
             limits: Arc::new(config.run_limits()),
             config: Arc::new(config.server.clone()),
             direct_urls: config.object_store.direct_urls,

@@ -34,6 +34,14 @@ pub enum ServiceError {
         /// When to try again.
         retry_after: Duration,
     },
+    /// The caller may not do this. Nothing was stored.
+    #[error("{message}")]
+    Denied {
+        /// What of the request it is about.
+        field: &'static str,
+        /// For people.
+        message: String,
+    },
     /// The run, or the service, is not in a state for this.
     #[error("{message}")]
     FailedPrecondition {

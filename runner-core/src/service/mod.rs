@@ -21,7 +21,7 @@ mod traffic;
 mod watchdog;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, atomic::AtomicU32},
     time::Duration,
 };
@@ -50,6 +50,7 @@ use crate::{
     limits::Limits,
     log::LogStore,
     outcome::{Cause, Outcome},
+    role::Role,
     spec::RunSpec,
     state::RunState,
     store::{
@@ -67,6 +68,8 @@ pub struct Caller {
     pub tenant: TenantId,
     /// For audit.
     pub subject: String,
+    /// What it is to the service.
+    pub roles: BTreeSet<Role>,
 }
 
 /// A request to run.
@@ -290,6 +293,7 @@ impl RunService {
             Err(ServiceError::Invalid(_)) => self.core.parts.meter.refused("invalid"),
             Err(ServiceError::AlreadyExists { .. }) => self.core.parts.meter.refused("already_exists"),
             Err(ServiceError::Exhausted { .. }) => self.core.parts.meter.refused("exhausted"),
+            Err(ServiceError::Denied { .. }) => self.core.parts.meter.refused("denied"),
             Err(ServiceError::Unavailable(_)) => self.core.parts.meter.refused("unavailable"),
             Err(
                 ServiceError::NotFound(_)
@@ -387,7 +391,7 @@ impl RunService {
     ) -> Result<(Arc<dyn Backend>, Decision, OwnedRwLockReadGuard<()>), ServiceError> {
         inputs::find(&self.core.parts, caller, spec).await?;
         let admission = self.core.traffic.admission().await;
-        let (backend, decision) = self.core.route(&caller.tenant, id, spec)?;
+        let (backend, decision) = self.core.route(caller, id, spec)?;
         Ok((backend, decision, admission))
     }
 

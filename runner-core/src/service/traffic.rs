@@ -11,7 +11,7 @@ use tokio::sync::{Notify, OwnedRwLockReadGuard};
 use super::{BackendEntry, Caller, Core, Parts, RunService, ServiceError, health::health, precondition};
 use crate::{
     backend::Backend,
-    id::{BackendName, RunId, TenantId},
+    id::{BackendName, RunId},
     spec::RunSpec,
     store::{AuditEntry, StoredAudit, StoredTraffic, TrafficSet},
     traffic::{
@@ -171,12 +171,14 @@ impl Core {
     /// Where a new run goes.
     pub(super) fn route(
         &self,
-        tenant: &TenantId,
+        caller: &Caller,
         run: RunId,
         spec: &RunSpec,
     ) -> Result<(Arc<dyn Backend>, Decision), ServiceError> {
-        let decision = self.choose(Asked { tenant, run, spec }).map_err(|error| match error {
+        let asked = Asked { tenant: &caller.tenant, roles: &caller.roles, run, spec };
+        let decision = self.choose(asked).map_err(|error| match error {
             NoBackend::Incapable(invalid) => invalid.into(),
+            NoBackend::Denied(message) => ServiceError::Denied { field: "spec.routing.backend", message },
             NoBackend::Closed(message) => precondition("NO_BACKEND", message),
         })?;
         let backend = self.backends.get(&decision.backend).map(|entry| Arc::clone(&entry.backend));
@@ -265,7 +267,7 @@ impl RunService {
         let run = run.unwrap_or_else(|| core.parts.ids.run_id());
         let current = core.traffic.current();
         let seen = Seen { core, traffic: &current.traffic };
-        let decision = core.choose(Asked { tenant: &caller.tenant, run, spec });
+        let decision = core.choose(Asked { tenant: &caller.tenant, roles: &caller.roles, run, spec });
         let candidates =
             seen.names().filter_map(|name| Some((name.clone(), seen.candidate(name, spec)?))).collect();
         Ok(Explanation { decision, candidates })

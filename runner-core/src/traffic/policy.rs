@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Guard, Shadows, Share, Split, Sticky, unknown_backend};
 use crate::{
     id::{BackendName, TenantId},
+    role::Role,
     spec::{FieldViolation, InvalidSpec, RunSpec},
 };
 
@@ -32,6 +33,9 @@ pub struct Policy {
     /// What decides where no rule does. `None`: the default backend of the service's configuration.
     #[serde(default)]
     pub default: Option<Target>,
+    /// Whose specs may name their backend: those of callers with one of these roles. `None`: everybody's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub explicit_backend: Option<BTreeSet<Role>>,
     /// Rolls a canary back that does worse than its baseline. `None`: nobody does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guard: Option<Guard>,

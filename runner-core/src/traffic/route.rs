@@ -1,12 +1,13 @@
 //! Chooses the backend of a run, at admission.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Policy, Shadowing, Target, bucket, shadow::shadowing, unknown_backend};
 use crate::{
     id::{BackendName, RunId, TenantId},
+    role::{self, Role},
     spec::{FieldViolation, InvalidSpec, RunSpec},
 };
 
@@ -112,6 +113,9 @@ pub enum NoBackend {
     /// What the policy or the spec asks for takes no runs now.
     #[error("{0}")]
     Closed(String),
+    /// The spec names its backend, and the policy lets nobody with the caller's roles do so.
+    #[error("{0}")]
+    Denied(String),
 }
 
 /// A run that is to be placed.
@@ -119,13 +123,15 @@ pub enum NoBackend {
 pub struct Asked<'a> {
     /// Whose.
     pub tenant: &'a TenantId,
+    /// What its caller is.
+    pub roles: &'a BTreeSet<Role>,
     /// Its id.
     pub run: RunId,
     /// What it is.
     pub spec: &'a RunSpec,
 }
 
-/// Chooses. The spec's own backend wins; else the first rule that matches; else the policy's default; else the
+/// Chooses. The spec's own backend wins, where the policy lets the caller name one; else the first rule that matches; else the policy's default; else the
 /// configuration's.
 ///
 /// Of a split's backends the one that has the run's bucket comes first, then the baseline, then the canaries. One that is drained,
@@ -140,7 +146,7 @@ pub fn choose(
     backends: &impl Backends,
     asked: Asked<'_>,
 ) -> Result<Decision, NoBackend> {
-    let (by, target) = decider(policy, backends, asked);
+    let (by, target) = decider(policy, backends, asked)?;
     let (order, bucket): (Vec<&BackendName>, _) = match &target {
         Target::Backend(backend) => (vec![backend], None),
         Target::Split(split) => {
@@ -191,16 +197,27 @@ impl<'a> Standing<'a> {
     }
 }
 
-fn decider(policy: &Policy, backends: &impl Backends, asked: Asked<'_>) -> (DecidedBy, Target) {
+fn decider(
+    policy: &Policy,
+    backends: &impl Backends,
+    asked: Asked<'_>,
+) -> Result<(DecidedBy, Target), NoBackend> {
     if let Some(backend) = &asked.spec.routing.backend {
-        return (DecidedBy::Spec, Target::Backend(backend.clone()));
+        return match &policy.explicit_backend {
+            Some(allowed) if allowed.is_disjoint(asked.roles) => Err(NoBackend::Denied(format!(
+                "the policy lets a spec name its backend where the caller is: {}; this one is: {}",
+                role::listed(allowed),
+                role::listed(asked.roles)
+            ))),
+            Some(_) | None => Ok((DecidedBy::Spec, Target::Backend(backend.clone()))),
+        };
     }
     let rule = policy.rules.iter().find(|rule| rule.matches.matches(asked.tenant, asked.spec));
-    match (rule, &policy.default) {
+    Ok(match (rule, &policy.default) {
         (Some(rule), _) => (DecidedBy::Rule(rule.name.clone()), rule.to.clone()),
         (None, Some(target)) => (DecidedBy::Default, target.clone()),
         (None, None) => (DecidedBy::Configuration, Target::Backend(backends.default_backend().clone())),
-    }
+    })
 }
 
 /// None of `standing` takes the run.

@@ -50,8 +50,18 @@ fn all_to_the_canary() -> Policy {
 }
 
 fn place(policy: &Policy, candidates: &[Known], spec: &RunSpec) -> Result<Decision, NoBackend> {
+    place_for(&Role::ALL, policy, candidates, spec)
+}
+
+fn place_for(
+    roles: &[Role],
+    policy: &Policy,
+    candidates: &[Known],
+    spec: &RunSpec,
+) -> Result<Decision, NoBackend> {
     let tenant: TenantId = "a".parse().unwrap();
-    let asked = Asked { tenant: &tenant, run: RunId::new(Uuid::from_u128(1)), spec };
+    let roles = roles.iter().copied().collect();
+    let asked = Asked { tenant: &tenant, roles: &roles, run: RunId::new(Uuid::from_u128(1)), spec };
     choose(policy, 7, &Configured(candidates, name("dind")), asked)
 }
 
@@ -79,6 +89,30 @@ fn the_spec_goes_before_the_rules_and_these_before_the_default() {
     policy.rules = vec![serde_json::from_value(rule).unwrap()];
     assert_eq!(placed(&policy, &both, &spec), ("dind".into(), r#"policy 7, rule "r""#.into()));
     assert_eq!(placed(&policy, &both, &named("k8s")), ("k8s".into(), "named by the spec".into()));
+}
+
+#[test]
+fn a_spec_names_its_backend_where_the_policy_lets_its_caller() {
+    let both = [open("dind"), open("k8s")];
+    let mut policy = all_to_the_canary();
+    let allowed = |policy: &Policy, roles: &[Role]| place_for(roles, policy, &both, &named("dind"));
+    for anybody in [&[][..], &[Role::Worker], &Role::ALL] {
+        assert_eq!(allowed(&policy, anybody).unwrap().backend, name("dind"));
+    }
+    policy.explicit_backend = Some([Role::Operator].into());
+    for roles in [&[Role::Operator][..], &[Role::Worker, Role::Operator], &Role::ALL] {
+        assert_eq!(allowed(&policy, roles).unwrap().by, DecidedBy::Spec);
+    }
+    let error = allowed(&policy, &[Role::Worker, Role::Viewer]).unwrap_err();
+    let expected =
+        "the policy lets a spec name its backend where the caller is: operator; this one is: worker, viewer";
+    assert_eq!(error, NoBackend::Denied(expected.to_owned()));
+    assert!(matches!(allowed(&policy, &[]), Err(NoBackend::Denied(_))));
+    policy.explicit_backend = Some([].into());
+    assert!(matches!(allowed(&policy, &Role::ALL), Err(NoBackend::Denied(_))));
+    // What names none goes where everybody's goes.
+    let decision = place_for(&[Role::Worker], &policy, &both, &RunSpec::default()).unwrap();
+    assert_eq!(decision.backend, name("k8s"));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     id::TenantId,
+    role::Role,
     spec::{FieldViolation, TerminalSize},
     traffic::{Candidate, Rule, Target, choose},
 };
@@ -66,7 +67,9 @@ impl Backends for Two {
 
 fn decided(policy: &Policy, backends: &Two, run: RunId, spec: &RunSpec) -> Option<Shadowing> {
     let tenant: TenantId = "t".parse().unwrap();
-    choose(policy, 1, backends, Asked { tenant: &tenant, run, spec }).unwrap().shadow
+    choose(policy, 1, backends, Asked { tenant: &tenant, roles: &Role::ALL.into(), run, spec })
+        .unwrap()
+        .shadow
 }
 
 #[test]

@@ -12,6 +12,7 @@ pub mod retention;
 pub mod value;
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -20,7 +21,7 @@ use std::{
 use backend_dind::DindConfig;
 use backend_k8sjob::K8sJobConfig;
 use backend_local::LocalConfig;
-use runner_core::{id::BackendName, limits::Limits, traffic::Policy};
+use runner_core::{id::BackendName, limits::Limits, role::Role, traffic::Policy};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +62,10 @@ pub struct Config {
     /// here, and read and write every artifact.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unauthenticated_callers: Option<UnauthenticatedCallers>,
+    /// What callers are who are not authenticated, that is all: `worker`, `operator`, `viewer`. The traffic's policy says which of these
+    /// may name the backend of a run.
+    #[schemars(with = "Vec<String>", example = &["worker"])]
+    pub unauthenticated_roles: BTreeSet<Role>,
     /// The backend of runs that name none.
     #[schemars(with = "String", example = &"local")]
     pub default_backend: BackendName,
@@ -233,6 +238,7 @@ impl Default for Config {
             ops_listen: SocketAddr::from(([127, 0, 0, 1], 7601)),
             agent_listen: None,
             unauthenticated_callers: None,
+            unauthenticated_roles: Role::ALL.into(),
             default_backend: local.name.clone(),
             traffic: None,
             backends: vec![BackendConfig::Local(local)],

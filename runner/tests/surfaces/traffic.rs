@@ -1,5 +1,6 @@
 //! Where new runs go, over gRPC.
 
+use runner_core::role::Role;
 use runner_proto::v1::{self, change_traffic_request::Change};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -103,6 +104,45 @@ async fn a_bad_change_names_its_field_and_changes_nothing() {
         let traffic =
             admin.get_traffic(v1::GetTrafficRequest {}).await.unwrap().into_inner().traffic.unwrap();
         assert_eq!(traffic.version, 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_name_a_backend_is_told_so_and_nothing_is_stored() {
+    let harness = Harness::start_with(|config| config.unauthenticated_roles = [Role::Worker].into()).await;
+    soon(async {
+        let policy = r#"{"explicit_backend":["operator"]}"#;
+        change(&harness, Change::SetPolicy(policy.into())).await.unwrap();
+        let unknown = r#"{"explicit_backend":["king"]}"#;
+        let refused = change(&harness, Change::SetPolicy(unknown.into())).await.unwrap_err();
+        assert_eq!(fields(&refused), ["set_policy.explicit_backend[0]"]);
+
+        let named = || v1::RunSpec {
+            routing: Some(v1::Routing { backend: "local".to_owned(), ..Default::default() }),
+            ..spec(&["exit", "0"])
+        };
+        let mut runner = harness.runner().await;
+        let refused = runner.run(run_request(named())).await.unwrap_err();
+        assert_eq!((refused.code(), reason(&refused).as_str()), (Code::PermissionDenied, "DENIED"));
+        let details = refused.get_error_details();
+        assert_eq!(details.error_info().unwrap().metadata["field"], "spec.routing.backend");
+        let explain = v1::ExplainRoutingRequest { spec: Some(named()), run_id: String::new() };
+        let explained = harness.admin().await.explain_routing(explain).await.unwrap().into_inner();
+        assert!(
+            explained.decision.is_none() && explained.reason.contains("operator"),
+            "{}",
+            explained.reason
+        );
+        let listed = runner.list(v1::ListRequest::default()).await.unwrap().into_inner();
+        assert!(listed.runs.is_empty(), "{:?}", listed.runs);
+
+        // Who names none is served, and so is who names one where the policy lets workers.
+        runner.run(run_request(spec(&["exit", "0"]))).await.unwrap();
+        let policy = r#"{"explicit_backend":["worker"]}"#;
+        change(&harness, Change::SetPolicy(policy.into())).await.unwrap();
+        let run = runner.run(run_request(named())).await.unwrap().into_inner().run.unwrap();
+        assert_eq!(run.decision.unwrap().by(), v1::routing_decision::By::Spec);
     })
     .await;
 }

@@ -12,6 +12,7 @@ use runner_core::{
     id::RunId,
     limits::Limits,
     outcome::{Cause, Outcome as RunOutcome},
+    role::Role,
     service::{Caller, NoMeter, Options, Parts, RunRequest, RunService, StreamCursor, StreamOptions},
     spec::RunSpec,
     store::{Accepted, CancelIntent, LiveLimits, NewRun, Store},
@@ -29,7 +30,7 @@ const RUNS: u32 = 128;
 
 /// Who calls.
 pub(crate) fn caller() -> Result<Caller, Fault> {
-    Ok(Caller { tenant: "default".parse()?, subject: "bench".to_owned() })
+    Ok(Caller { tenant: "default".parse()?, subject: "bench".to_owned(), roles: Role::ALL.into() })
 }
 
 /// A store, a log store and an object store in a directory of their own.
