@@ -7,6 +7,8 @@ use runner_core::id::{BackendName, InvalidId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::template::PodTemplate;
+
 /// When images are pulled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs, reason = "Kubernetes' own words")]
@@ -79,6 +81,8 @@ pub struct K8sJobConfig {
     pub priority_class: Option<String>,
     /// The queue of Kueue that Jobs are submitted to.
     pub queue_name: Option<String>,
+    /// What pods have beside what the service puts into them.
+    pub pod_template: PodTemplate,
     /// The cluster enforces network policies, and those of the chart are installed. Without this, a spec that asks for network
     /// `none` is refused: nothing would keep it.
     pub enforces_network_policies: bool,
@@ -124,6 +128,7 @@ impl Default for K8sJobConfig {
             runtime_class: None,
             priority_class: None,
             queue_name: None,
+            pod_template: PodTemplate::default(),
             enforces_network_policies: false,
             networks: Vec::new(),
             cpu_request_percent: 100,
@@ -195,6 +200,7 @@ impl K8sJobConfig {
             let fine = !["none", "egress", ""].contains(&network.as_str());
             check(fine, "networks", "must be names of their own: `none` and `egress` are taken");
         }
+        self.pod_template.validate(&mut bad);
         if bad.is_empty() { Ok(()) } else { Err(bad) }
     }
 }
@@ -226,13 +232,22 @@ mod tests {
             default_user: DefaultUser { uid: 0, gid: 1 },
             cpu_request_percent: 0,
             networks: vec!["none".into()],
+            pod_template: PodTemplate { dns_policy: Some("Any".into()), ..PodTemplate::default() },
             ..K8sJobConfig::default()
         };
         let bad = config.validate().unwrap_err();
         let fields: Vec<_> = bad.iter().map(|bad| bad.field.as_str()).collect();
         assert_eq!(
             fields,
-            ["agent_url", "namespace", "slots", "default_user", "cpu_request_percent", "networks"]
+            [
+                "agent_url",
+                "namespace",
+                "slots",
+                "default_user",
+                "cpu_request_percent",
+                "networks",
+                "pod_template.dns_policy"
+            ]
         );
     }
 }

@@ -184,6 +184,13 @@ pub(crate) fn job(with: &Conversion<'_>) -> Result<Job, BackendError> {
     if let Some(queue) = &config.queue_name {
         job_labels.insert("kueue.x-k8s.io/queue-name".to_owned(), queue.clone());
     }
+    // What is ours goes over what was configured.
+    labels = config.pod_template.labels.clone().into_iter().chain(labels).collect();
+    let template = config.pod_template.typed().map_err(|bad| {
+        unsupported(
+            bad.first().map_or_else(String::new, |bad| format!("make a pod: {}: {}", bad.field, bad.rule)),
+        )
+    })?;
     let lifetime = timeout(spec)
         .saturating_add(stop_grace(spec))
         .saturating_add(Duration::from_secs(config.unschedulable_seconds))
@@ -201,6 +208,11 @@ pub(crate) fn job(with: &Conversion<'_>) -> Result<Job, BackendError> {
             .then(|| config.tolerations.iter().map(toleration).collect()),
         runtime_class_name: config.runtime_class.clone(),
         priority_class_name: config.priority_class.clone(),
+        affinity: template.affinity,
+        topology_spread_constraints: template.topology_spread_constraints,
+        scheduler_name: config.pod_template.scheduler_name.clone(),
+        dns_policy: config.pod_template.dns_policy.clone(),
+        dns_config: template.dns_config,
         image_pull_secrets: (!config.image_pull_secrets.is_empty()).then(|| {
             config.image_pull_secrets.iter().map(|name| LocalObjectReference { name: name.clone() }).collect()
         }),
@@ -234,7 +246,12 @@ pub(crate) fn job(with: &Conversion<'_>) -> Result<Job, BackendError> {
             active_deadline_seconds: Some(seconds(lifetime.saturating_add(JOB_SLACK))),
             ttl_seconds_after_finished: Some(i32::try_from(config.ttl_seconds).unwrap_or(i32::MAX)),
             template: PodTemplateSpec {
-                metadata: Some(ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }),
+                metadata: Some(ObjectMeta {
+                    labels: Some(labels),
+                    annotations: (!config.pod_template.annotations.is_empty())
+                        .then(|| config.pod_template.annotations.clone()),
+                    ..ObjectMeta::default()
+                }),
                 spec: Some(pod),
             },
             ..JobSpec::default()

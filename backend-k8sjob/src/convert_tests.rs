@@ -171,6 +171,16 @@ fn what_an_operator_configures_appears() {
         queue_name: Some("team".into()),
         image_pull_secrets: vec!["registry".into()],
         service_account: Some("workload".into()),
+        pod_template: serde_json::from_value(serde_json::json!({
+            "labels": { "team": "a" },
+            "annotations": { "note": "b" },
+            "affinity": { "podAntiAffinity": {} },
+            "topology_spread_constraints": [{ "maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule" }],
+            "scheduler_name": "other",
+            "dns_policy": "Default",
+            "dns_config": { "searches": ["example.org"] },
+        }))
+        .unwrap(),
         ..config()
     };
     let (job, _) = made(&config, &spec());
@@ -184,7 +194,17 @@ fn what_an_operator_configures_appears() {
         (&"workload".into(), &false.into())
     );
     assert_eq!(job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], "team");
-    assert_eq!(job["spec"]["template"]["metadata"]["labels"]["runner.network"], "egress");
+    let metadata = &job["spec"]["template"]["metadata"];
+    assert_eq!(
+        (&metadata["labels"]["runner.network"], &metadata["labels"]["team"]),
+        (&"egress".into(), &"a".into())
+    );
+    assert_eq!(metadata["annotations"], serde_json::json!({ "note": "b" }));
+    assert!(job["metadata"]["labels"].get("team").is_none(), "the Job is selected by the service alone");
+    assert!(pod["affinity"]["podAntiAffinity"].is_object());
+    assert_eq!(pod["topologySpreadConstraints"][0]["topologyKey"], "zone");
+    assert_eq!((&pod["schedulerName"], &pod["dnsPolicy"]), (&"other".into(), &"Default".into()));
+    assert_eq!(pod["dnsConfig"]["searches"][0], "example.org");
 }
 
 #[test]

@@ -21,10 +21,12 @@ mod names;
 mod observe;
 mod seen;
 mod stop;
+mod template;
 mod watch;
 
 pub use self::{
     backend::{K8sJobBackend, K8sJobParts},
     config::{K8sJobConfig, PullPolicy, Toleration},
     error::OpenError,
+    template::PodTemplate,
 };
