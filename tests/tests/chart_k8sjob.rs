@@ -1,7 +1,7 @@
 //! The chart on a real cluster: installed, used, killed, and uninstalled; and what the accounts that it makes may do there.
 //!
-//! Needs what the tests of the Kubernetes backend need, Helm, and the service's image: `cargo xtask test` builds that, which takes as long
-//! as everything else together, where `RUNNER_REQUIRE_BACKENDS` has `chart-installation`.
+//! Needs what the tests of the Kubernetes backend need, Helm, and the service's image, which `cargo xtask test` makes where there is a
+//! cluster.
 
 use std::{collections::BTreeSet, fs, net::Ipv4Addr, time::Duration};
 

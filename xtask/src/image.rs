@@ -3,8 +3,9 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufWriter, Read as _, Write as _},
+    io::{BufWriter, Read as _, Write as _},
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result};
@@ -45,22 +46,6 @@ impl Wanted {
         }
         Some(wanted)
     }
-
-    /// As tests use them.
-    pub(crate) const fn by_tests(service: bool) -> Self {
-        Self { agent: true, service, release: false }
-    }
-}
-
-/// Removes the service's image as tests use it, so that none of them finds yesterday's.
-///
-/// # Errors
-/// Where it cannot be removed.
-pub(crate) fn forget_service() -> Result<()> {
-    match fs::remove_file(place(false, "runner")?) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
-        _ => Ok(()),
-    }
 }
 
 fn place(release: bool, of: &str) -> Result<PathBuf> {
@@ -78,12 +63,45 @@ pub(crate) fn run(wanted: Wanted) -> Result<()> {
         image(release, "runner-agent", &[("runner-agent", &program)])?;
     }
     if wanted.service {
-        let program = agent::service(release)?;
-        // The Docker backend puts the shim into containers, and looks for it beside the service.
-        let shim = agent::run(release, Roles::Shim)?;
-        image(release, "runner", &[("runner", &program), ("runner-agent-static", &shim)])?;
+        service(release, &agent::service(release)?, &[])?;
     }
     Ok(())
+}
+
+/// Builds the images that tests on a cluster use. The service's has the program that the other tests use, too, with the libraries that
+/// it is linked to: a static one takes as long to build as everything else together.
+///
+/// # Errors
+/// As [`run`]; where the service is not built yet, or it cannot be told which libraries it needs.
+pub(crate) fn run_for_tests() -> Result<()> {
+    run(Wanted { agent: true, service: false, release: false })?;
+    let program = agent::folder(false)?.join("runner");
+    service(false, &program, &libraries(&program)?)
+}
+
+/// The service's image: its program, these libraries where the program looks for them, and the shim, which the Docker backend puts into
+/// containers and looks for beside the service.
+fn service(release: bool, program: &Path, libraries: &[PathBuf]) -> Result<()> {
+    let shim = agent::run(release, Roles::Shim)?;
+    let mut files = vec![("runner", program), ("runner-agent-static", &shim)];
+    for library in libraries {
+        let name =
+            library.strip_prefix("/").ok().and_then(Path::to_str).context("a library's absolute path")?;
+        files.push((name, library));
+    }
+    image(release, "runner", &files)
+}
+
+/// The libraries that a program is linked to, and its loader, as the loader of this machine finds them.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let told = process::output(Command::new("ldd").arg(program))?;
+    Ok(named_libraries(&String::from_utf8_lossy(&told)))
+}
+
+/// What is named by `NAME => PATH (ADDRESS)` or `PATH (ADDRESS)`. What has no path is the kernel's own.
+fn named_libraries(told: &str) -> Vec<PathBuf> {
+    let path = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(PathBuf::from);
+    told.lines().filter_map(path).collect()
 }
 
 fn image(release: bool, of: &str, programs: &[(&str, &Path)]) -> Result<()> {
@@ -231,12 +249,21 @@ mod tests {
     fn all_images_are_wanted_where_none_is_named() {
         let parse =
             |words: &[&str]| Wanted::parse(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
-        assert_eq!(parse(&[]), Some(Wanted::by_tests(true)));
-        assert_eq!(parse(&["agent"]), Some(Wanted { service: false, ..Wanted::by_tests(true) }));
+        assert_eq!(parse(&[]), Some(Wanted { agent: true, service: true, release: false }));
+        assert_eq!(parse(&["agent"]), Some(Wanted { agent: true, service: false, release: false }));
         assert_eq!(
             parse(&["service", "--release"]),
-            Some(Wanted { agent: false, release: true, ..Wanted::by_tests(true) })
+            Some(Wanted { agent: false, service: true, release: true })
         );
         assert_eq!(parse(&["--debug"]), None);
+    }
+
+    #[test]
+    fn libraries_are_where_the_loader_finds_them() {
+        let told = "\tlinux-vdso.so.1 (0x00007ffd)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
+                    \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
+        let expected = ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"];
+        assert_eq!(named_libraries(told), expected.map(PathBuf::from));
+        assert!(named_libraries("\tstatically linked\n").is_empty());
     }
 }

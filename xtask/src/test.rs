@@ -15,8 +15,6 @@ const KUBECONFIG: &str = "RUNNER_TEST_KUBECONFIG";
 const REQUIRED: &str = "RUNNER_REQUIRE_BACKENDS";
 /// The backend that needs a cluster, as it is required and as the tests of it are named.
 const CLUSTER_BACKEND: &str = "k8sjob";
-/// What is required where the chart is to be installed on the cluster, too.
-const CHART_INSTALLATION: &str = "chart-installation";
 /// How many of a cluster's tests run at once. More do not end earlier: the one node has two cores to start pods with.
 const CLUSTER_THREADS: u32 = 8;
 
@@ -42,12 +40,7 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     let required = std::env::var(REQUIRED).unwrap_or_default();
     let on_cluster = std::env::var_os(KUBECONFIG).is_some() || required.contains(CLUSTER_BACKEND);
     if on_cluster {
-        // Only pods have a use for the agent's image. The service's takes as long to build as everything else together.
-        let installs = required.split(',').any(|name| name.trim() == CHART_INSTALLATION);
-        image::run(image::Wanted::by_tests(installs))?;
-        if !installs {
-            image::forget_service()?;
-        }
+        image::run_for_tests()?;
     }
     // A cluster's tests wait for its node nearly all the time, and a busy node is late: so they run beside one another, in
     // numbers, and beside nothing else.
