@@ -6,7 +6,8 @@ use anyhow::Result;
 
 use crate::{
     agent::{self, Roles},
-    check_deps, image, process, setup,
+    beside::Beside,
+    check_deps, process, setup,
 };
 
 /// Names the kubeconfig of the cluster that tests may use.
@@ -23,15 +24,6 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     setup::run()?;
     if filters.is_empty() {
         process::run(cargo()?.args(["fmt", "--all", "--check"]))?;
-        process::run(cargo()?.args([
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--keep-going",
-            "--",
-            "-D",
-            "warnings",
-        ]))?;
         check_deps::run()?;
     }
     // All at once, with the features that the tests have too: the programs that tests start are built once, here.
@@ -39,20 +31,32 @@ pub(crate) fn run(filters: &[String]) -> Result<()> {
     agent::run(false, Roles::Shim)?;
     let required = std::env::var(REQUIRED).unwrap_or_default();
     let on_cluster = std::env::var_os(KUBECONFIG).is_some() || required.contains(CLUSTER_BACKEND);
-    if on_cluster {
-        image::run_for_tests()?;
+    let mut commands = Vec::new();
+    if filters.is_empty() {
+        commands.push(vec!["lint"]);
     }
+    if on_cluster {
+        commands.push(vec!["image", "for-tests"]);
+    }
+    let beside = Beside::start(commands)?;
     // A cluster's tests wait for its node nearly all the time, and a busy node is late: so they run beside one another, in
     // numbers, and beside nothing else.
     let mut on_this_machine = tests(&[])?;
     on_this_machine.env_remove(KUBECONFIG).env(REQUIRED, required.replace(CLUSTER_BACKEND, ""));
-    let mut failed = process::run(on_this_machine.args(to_programs(filters, None))).err();
+    let failed = process::run(on_this_machine.args(to_programs(filters, None))).err();
+    beside.wait()?;
     if on_cluster {
         let mut on_the_cluster = tests(&cluster_tests()?)?;
-        let outcome = process::run(on_the_cluster.args(to_programs(filters, Some(CLUSTER_THREADS)))).err();
-        failed = failed.or(outcome);
+        process::run(on_the_cluster.args(to_programs(filters, Some(CLUSTER_THREADS))))?;
     }
     failed.map_or(Ok(()), Err)
+}
+
+/// Clippy over everything, in a folder of its own: cargo lets nobody else work in a folder where it builds.
+pub(crate) fn lint() -> Result<()> {
+    let mut clippy = cargo()?;
+    clippy.args(["clippy", "--workspace", "--all-targets", "--keep-going", "--target-dir"]);
+    process::run(clippy.arg(process::target()?.join("lint")).args(["--", "-D", "warnings"]))
 }
 
 /// `cargo test`, of everything or of these test targets.

@@ -1,0 +1,51 @@
+//! Work that goes on while tests wait: they do that most of the time.
+
+use std::{
+    process::{Command, Stdio},
+    thread::JoinHandle,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process;
+
+/// Commands of this program, one after the other, each at the lowest priority. What they say is shown where they fail.
+#[derive(Debug)]
+pub(crate) struct Beside(JoinHandle<Result<()>>);
+
+impl Beside {
+    /// Starts the first.
+    ///
+    /// # Errors
+    /// Where this program does not find itself.
+    pub(crate) fn start(commands: Vec<Vec<&'static str>>) -> Result<Self> {
+        let program = std::env::current_exe().context("find this program")?;
+        let all = move || {
+            for words in commands {
+                let mut command = Command::new("nice");
+                command.args(["-n", "19"]).arg(&program).args(&words).stdin(Stdio::null());
+                command.current_dir(process::root()?);
+                let what = format!("cargo xtask {}", words.join(" "));
+                #[allow(clippy::disallowed_methods, reason = "xtask is above the core that has the clock")]
+                let begin = std::time::Instant::now();
+                let output = command.output().with_context(|| format!("start {what}"))?;
+                process::say(&format!("  {} s beside the tests: {what}", begin.elapsed().as_secs()));
+                if !output.status.success() {
+                    process::say(&String::from_utf8_lossy(&output.stdout));
+                    process::say(&String::from_utf8_lossy(&output.stderr));
+                    bail!("{what} failed: {}", output.status);
+                }
+            }
+            Ok(())
+        };
+        Ok(Self(std::thread::spawn(all)))
+    }
+
+    /// Waits for the last.
+    ///
+    /// # Errors
+    /// What the first that failed says; those after it were not started.
+    pub(crate) fn wait(self) -> Result<()> {
+        self.0.join().unwrap_or_else(|_| bail!("the work beside the tests panicked"))
+    }
+}
