@@ -35,11 +35,13 @@ use runner_core::{
     capability::Capabilities,
     clock::Clock,
     id::{AttemptId, BackendName},
+    service::Meter,
     spec::{FieldViolation, RunSpec},
 };
 use tokio::sync::Semaphore;
 
 use crate::{
+    api::Clients,
     capability,
     config::K8sJobConfig,
     error::{self, Answer, OpenError},
@@ -75,6 +77,8 @@ pub struct K8sJobParts {
     pub clock: Arc<dyn Clock>,
     /// Caps on staging.
     pub staging: StagingLimits,
+    /// Who counts the calls of the API server.
+    pub meter: Arc<dyn Meter>,
 }
 
 /// What is held in memory of an attempt. Nothing of it is needed after a restart.
@@ -129,15 +133,17 @@ impl K8sJobBackend {
     /// # Errors
     /// See [`OpenError`].
     pub async fn open(parts: K8sJobParts) -> Result<Self, OpenError> {
-        let K8sJobParts { config, instance, hub, clock, staging } = parts;
+        let K8sJobParts { config, instance, hub, clock, staging, meter } = parts;
         config.validate().map_err(OpenError::Config)?;
-        let client = connect(&config).await?;
+        let found = find(&config).await?;
+        let Clients { watch, work: client } = Clients::new(found, &config.api, &config.name, &clock, &meter)?;
         let names = Names::new(&instance, &config.name);
         let jobs: Api<Job> = Api::namespaced(client.clone(), &config.namespace);
-        let pods: Api<Pod> = Api::namespaced(client.clone(), &config.namespace);
+        let watched: (Api<Job>, Api<Pod>) =
+            (Api::namespaced(watch.clone(), &config.namespace), Api::namespaced(watch, &config.namespace));
         let shared = Shared {
             capabilities: capability::capabilities(&config),
-            watch: Watch::begin(&names, jobs.clone(), pods),
+            watch: Watch::begin(&names, watched.0, watched.1),
             secrets: Api::namespaced(client.clone(), &config.namespace),
             creates: Semaphore::new(config.concurrent_creates),
             workloads: Mutex::default(),
@@ -154,8 +160,8 @@ impl K8sJobBackend {
     }
 }
 
-/// A client whose credentials are refreshed as Kubernetes' own tools do it.
-async fn connect(config: &K8sJobConfig) -> Result<Client, OpenError> {
+/// The way to the cluster, with credentials that are refreshed as Kubernetes' own tools do it.
+async fn find(config: &K8sJobConfig) -> Result<Config, OpenError> {
     let options = KubeConfigOptions { context: config.context.clone(), ..KubeConfigOptions::default() };
     let credentials = |error: Box<dyn std::error::Error + Send + Sync>| OpenError::Credentials(error);
     let mut found = match &config.kubeconfig {
@@ -170,7 +176,7 @@ async fn connect(config: &K8sJobConfig) -> Result<Client, OpenError> {
     };
     found.connect_timeout = Some(CONNECT_TIMEOUT);
     found.read_timeout = Some(READ_TIMEOUT);
-    Client::try_from(found).map_err(|error| OpenError::Client(Box::new(error)))
+    Ok(found)
 }
 
 /// Bounds a request of the API server.

@@ -40,6 +40,26 @@ pub struct Toleration {
     pub effect: Option<String>,
 }
 
+/// How many requests the API server is sent in a second, each kind for itself: many attempts that begin at once neither blind the
+/// watch nor delay the end of others. A second's worth may go at once; more wait in turn, and what would wait for 15 seconds fails
+/// and is tried again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ApiBudgets {
+    /// What is made: two for each attempt.
+    pub creates_per_second: u32,
+    /// Begins of watches, and lists for them.
+    pub watches_per_second: u32,
+    /// Everything else: one for each attempt, more where something goes wrong.
+    pub others_per_second: u32,
+}
+
+impl Default for ApiBudgets {
+    fn default() -> Self {
+        Self { creates_per_second: 40, watches_per_second: 10, others_per_second: 40 }
+    }
+}
+
 /// Settings of a Kubernetes backend. A cluster and a namespace are a backend; two clusters are two.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -57,6 +77,8 @@ pub struct K8sJobConfig {
     pub slots: usize,
     /// Largest number of Jobs that are made at once.
     pub concurrent_creates: usize,
+    /// How often the API server is called.
+    pub api: ApiBudgets,
     /// Where agents dial this service, as pods reach it: `http://HOST:PORT`, the address of `agent_listen`.
     pub agent_url: String,
     /// The image with `runner-agent` at `/runner-agent`.
@@ -116,6 +138,7 @@ impl Default for K8sJobConfig {
             namespace: "runner-workloads".to_owned(),
             slots: 200,
             concurrent_creates: 8,
+            api: ApiBudgets::default(),
             agent_url: String::new(),
             agent_image: String::new(),
             default_image: None,
@@ -175,6 +198,13 @@ impl K8sJobConfig {
         check(dns_label, "namespace", "must be the name of a namespace");
         check(self.slots > 0, "slots", "must be at least 1");
         check(self.concurrent_creates > 0, "concurrent_creates", "must be at least 1");
+        for (field, rate) in [
+            ("api.creates_per_second", self.api.creates_per_second),
+            ("api.watches_per_second", self.api.watches_per_second),
+            ("api.others_per_second", self.api.others_per_second),
+        ] {
+            check((1..=10_000).contains(&rate), field, "must be from 1 to 10000");
+        }
         check(
             self.default_user.uid != 0 && self.default_user.gid != 0,
             "default_user",
@@ -229,6 +259,7 @@ mod tests {
             agent_image: "a".into(),
             namespace: "Not A Namespace".into(),
             slots: 0,
+            api: ApiBudgets { others_per_second: 0, ..ApiBudgets::default() },
             default_user: DefaultUser { uid: 0, gid: 1 },
             cpu_request_percent: 0,
             networks: vec!["none".into()],
@@ -243,6 +274,7 @@ mod tests {
                 "agent_url",
                 "namespace",
                 "slots",
+                "api.others_per_second",
                 "default_user",
                 "cpu_request_percent",
                 "networks",

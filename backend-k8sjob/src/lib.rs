@@ -11,6 +11,7 @@
 //! Where to start reading: [`K8sJobBackend`]; then `convert` (what of a spec becomes what of a Job), `ensure`, `observe`, `stop`;
 //! `watch` and `seen` for what the cluster says.
 
+mod api;
 mod backend;
 mod capability;
 mod config;
@@ -26,7 +27,7 @@ mod watch;
 
 pub use self::{
     backend::{K8sJobBackend, K8sJobParts},
-    config::{K8sJobConfig, PullPolicy, Toleration},
+    config::{ApiBudgets, K8sJobConfig, PullPolicy, Toleration},
     error::OpenError,
     template::PodTemplate,
 };

@@ -176,7 +176,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
     // A run that prints nothing leaves no object behind: watchers read the logs of ended attempts without following.
     let options = log::Options { store_empty: false, ..log::Options::default() };
     let logs = SegmentedLogs::new(Arc::clone(&artifacts), Arc::clone(&clock), options);
-    let backends = open_backends(config, &data_dir, &instance, &hub, &clock).await?;
+    let backends = open_backends(config, &data_dir, &instance, &hub, &clock, &metrics).await?;
     let parts = Parts {
         store: Arc::new(store),
         logs: Arc::new(logs),
@@ -239,6 +239,7 @@ async fn open_backends(
     instance: &str,
     hub: &Arc<AgentHub>,
     clock: &Arc<dyn Clock>,
+    metrics: &Arc<Metrics>,
 ) -> Result<Vec<Arc<dyn Backend>>, ServeError> {
     let mut backends: Vec<Arc<dyn Backend>> = Vec::new();
     for backend in &config.backends {
@@ -278,6 +279,7 @@ async fn open_backends(
                     hub: Arc::clone(hub),
                     clock: Arc::clone(clock),
                     staging: config.inputs.staging_limits(),
+                    meter: Arc::clone(metrics) as _,
                 };
                 let name = jobs.name.to_string();
                 let opened = K8sJobBackend::open(parts).await;

@@ -22,6 +22,8 @@ use crate::{binaries, port::free_address, proc, said};
 pub const DEADLINE: Duration = Duration::from_secs(120);
 /// Between two looks at something that cannot say by itself that it changed.
 const LOOK: Duration = Duration::from_millis(20);
+/// The same, of what takes minutes.
+const SLOW_LOOK: Duration = Duration::from_millis(500);
 
 /// Waits until `found` answers something.
 ///
@@ -37,6 +39,29 @@ pub async fn eventually<T>(what: &str, mut found: impl AsyncFnMut() -> Option<T>
         }
     };
     within(what, looking).await
+}
+
+/// As [`eventually`], for what takes longer than anything else.
+///
+/// # Panics
+/// Where that does not come within `deadline`.
+pub async fn eventually_within<T>(
+    deadline: Duration,
+    what: &str,
+    mut found: impl AsyncFnMut() -> Option<T>,
+) -> T {
+    let looking = async {
+        loop {
+            if let Some(found) = found().await {
+                return found;
+            }
+            tokio::time::sleep(SLOW_LOOK).await;
+        }
+    };
+    match tokio::time::timeout(deadline, looking).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what} took longer than {deadline:?}"),
+    }
 }
 
 /// Waits with the deadline.
@@ -93,6 +118,15 @@ impl Service {
     /// Where it serves gRPC.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.listen)
+    }
+
+    /// Who it is: the mark of ownership of all of its workloads, wherever they are.
+    ///
+    /// # Panics
+    /// Where it was never started.
+    pub fn instance(&self) -> String {
+        let written = fs::read_to_string(self.data_dir().join("instance")).expect("the service was started");
+        written.trim().to_owned()
     }
 
     /// Its pid.

@@ -13,7 +13,7 @@ use runner_tests::{
     objects::{Dialect, StoreServer, sha256_of_zeros},
     proc,
     scene::{On, Scene},
-    service::{Watched, eventually, watch, watch_for},
+    service::{Watched, eventually, eventually_within, watch, watch_for},
 };
 use worker_client::{Client, RunSpec, proto};
 
@@ -211,17 +211,11 @@ async fn agents_of_64_mib_move_a_gibibyte_in_and_two_out() {
     // A hole takes no disk, and is read as any other bytes.
     let script = format!("stat -c %s /inputs/a; truncate -s {OUT} /outputs/a");
     let run = start(&client, sh(&script).input_spec(input).output("/outputs/a")).await;
-    let mut waited = Duration::ZERO;
     // Longer than any other wait here: three gibibytes are hashed, twice.
-    let end = loop {
-        let found = client.get(&run).await.expect("get");
-        if found.outcome.is_some() || waited > Duration::from_secs(900) {
-            break found;
-        }
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        waited += Duration::from_millis(500);
-    };
-    let outcome = end.outcome.expect("the run ends");
+    let outcome = eventually_within(Duration::from_secs(900), "the end of the run", async || {
+        client.get(&run).await.expect("get").outcome
+    })
+    .await;
     let manifest = outcome.outputs.clone().unwrap_or_else(|| panic!("{outcome:?}"));
     assert_eq!(
         (manifest.entries[0].size, manifest.entries[0].sha256.as_str()),

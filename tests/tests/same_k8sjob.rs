@@ -7,7 +7,7 @@ use runner_tests::{
     backend::{dind, k8sjob},
     cluster,
     docker::TestImage,
-    service::{Service, watch},
+    service::{Service, eventually, watch},
 };
 use worker_client::{Client, RunSpec, TransferOptions, proto};
 
@@ -238,4 +238,14 @@ async fn the_same_spec_ends_the_same_on_every_backend() {
         .filter(|(_, told)| BACKENDS.iter().any(|backend| told[backend] != told[BACKENDS[0]]))
         .collect();
     assert!(differing.is_empty(), "{} of {} specs differ: {differing:#?}", differing.len(), table.len());
+    // The service removes after it has told the end.
+    let ours = format!("runner.instance={}", service.instance());
+    let admin = cluster.client().await;
+    eventually("nothing left on the engine and on the cluster", async || {
+        let (containers, objects) =
+            (dind::labelled(engine, &ours).await, k8sjob::labelled(&admin, &ours).await);
+        (containers.is_empty() && objects.is_empty()).then_some(())
+    })
+    .await;
+    service.assert_clean(&[]).await;
 }

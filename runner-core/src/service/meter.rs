@@ -36,6 +36,8 @@ pub trait Meter: std::fmt::Debug + Send + Sync + 'static {
     fn live_runs(&self, count: usize) {}
     /// The reconciler removed a workload that no live run claims.
     fn orphan_removed(&self, backend: &BackendName) {}
+    /// A backend sent its substrate's control plane a request. Both words are of fixed sets.
+    fn backend_call(&self, backend: &BackendName, verb: &'static str, resource: &'static str) {}
     /// The traffic has this state now.
     fn traffic(&self, traffic: &StoredTraffic) {}
     /// The traffic was changed. `action` is one of a fixed set.

@@ -39,6 +39,10 @@ pub mod name {
     pub const LIVE_RUNS: (&str, &str) = ("runner_live_runs", "Runs that are not in a terminal state");
     pub const ORPHANS: (&str, &str) =
         ("runner_orphans_removed", "Workloads that no live run claimed and that were removed");
+    pub const BACKEND_CALLS: (&str, &str) = (
+        "runner_backend_calls",
+        "Requests that a backend sent to its cluster's API server, by verb and resource",
+    );
     pub const TRAFFIC_VERSION: (&str, &str) =
         ("runner_traffic_version", "Version of the state that decides where new runs go");
     pub const TRAFFIC_SHARE: (&str, &str) =
@@ -98,6 +102,13 @@ struct ByEnd {
     backend: String,
     state: &'static str,
     cause: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCall {
+    backend: String,
+    verb: &'static str,
+    resource: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -166,6 +177,7 @@ pub struct Metrics {
     watchers: Gauge<i64, AtomicI64>,
     live_runs: Gauge<i64, AtomicI64>,
     orphans: CountBy<ByBackend>,
+    backend_calls: CountBy<ByCall>,
     traffic_version: Gauge<i64, AtomicI64>,
     traffic_share: Family<ByBackend, Gauge<f64, AtomicU64>>,
     traffic_drained: Family<ByBackend, Gauge<i64, AtomicI64>>,
@@ -196,6 +208,7 @@ impl Metrics {
             watchers: Gauge::default(),
             live_runs: Gauge::default(),
             orphans: Family::default(),
+            backend_calls: Family::default(),
             traffic_version: Gauge::default(),
             traffic_share: Family::default(),
             traffic_drained: Family::default(),
@@ -218,6 +231,7 @@ impl Metrics {
         to.register(name::WATCHERS.0, name::WATCHERS.1, metrics.watchers.clone());
         to.register(name::LIVE_RUNS.0, name::LIVE_RUNS.1, metrics.live_runs.clone());
         to.register(name::ORPHANS.0, name::ORPHANS.1, metrics.orphans.clone());
+        to.register(name::BACKEND_CALLS.0, name::BACKEND_CALLS.1, metrics.backend_calls.clone());
         to.register(name::TRAFFIC_VERSION.0, name::TRAFFIC_VERSION.1, metrics.traffic_version.clone());
         to.register(name::TRAFFIC_SHARE.0, name::TRAFFIC_SHARE.1, metrics.traffic_share.clone());
         to.register(name::TRAFFIC_DRAINED.0, name::TRAFFIC_DRAINED.1, metrics.traffic_drained.clone());
@@ -335,6 +349,11 @@ impl Meter for Metrics {
         self.orphans.get_or_create(&ByBackend { backend: backend.to_string() }).inc();
     }
 
+    fn backend_call(&self, backend: &BackendName, verb: &'static str, resource: &'static str) {
+        let by = ByCall { backend: backend.to_string(), verb, resource };
+        self.backend_calls.get_or_create(&by).inc();
+    }
+
     fn traffic(&self, stored: &StoredTraffic) {
         let by = |backend: &BackendName| ByBackend { backend: backend.to_string() };
         self.versions.newest(stored.version);
@@ -418,6 +437,7 @@ mod tests {
         metrics.watchers(-1);
         metrics.live_runs(5);
         metrics.orphan_removed(&backend);
+        metrics.backend_call(&backend, "create", "jobs");
         metrics.quarantined(1);
         metrics.traffic_changed("backend.drain");
         let split = r#"{"policy":{"default":{"split":{"baseline":"local","canaries":[{"backend":"k8s","percent":25}]}}},
@@ -438,6 +458,7 @@ mod tests {
             "runner_watchers 1",
             "runner_live_runs 5",
             r#"runner_orphans_removed_total{backend="local"} 1"#,
+            r#"runner_backend_calls_total{backend="local",verb="create",resource="jobs"} 1"#,
             "runner_quarantined_rows 1",
             r#"runner_placed_runs_total{backend="local",version="7"} 1"#,
             r#"runner_placed_ended_total{backend="local",version="7",cause="EXITED"} 1"#,

@@ -29,6 +29,7 @@ use runner_core::{
     backend::Backend,
     clock::{IdGen as _, SystemClock, SystemIds},
     id::AttemptId,
+    service::NoMeter,
     spec::{Network, RunSpec},
     task::{TaskKind, spawn},
 };
@@ -152,7 +153,8 @@ pub fn config(cluster: &Cluster, dir: &Path, port: u16) -> K8sJobConfig {
     }
 }
 
-/// The backend as a table of a service's configuration, with another name and image where they are given.
+/// The backend as a table of a service's configuration, with this name and image, and with more settings (`, key = value`), which go
+/// before the usual ones.
 ///
 /// It says that the cluster enforces network policies, so that a spec may be the same as on other backends. It does not; no test
 /// with this is about networks.
@@ -167,17 +169,29 @@ pub fn table(
     more: &str,
 ) -> String {
     let config = config(cluster, dir, agents.port());
-    format!(
-        "{{ kind = 'k8sjob', name = '{name}', kubeconfig = '{}', namespace = '{}', agent_url = '{}', agent_image = '{}', \
-         default_image = '{image}', pull_policy = 'Never', cpu_request_percent = {}, memory_request_percent = {}, \
-         enforces_network_policies = true{more} }}",
-        config.kubeconfig.unwrap_or_default().display(),
-        config.namespace,
-        config.agent_url,
-        config.agent_image,
-        config.cpu_request_percent,
-        config.memory_request_percent,
-    )
+    let quoted = |text: &str| format!("'{text}'");
+    let usual = [
+        ("kind", quoted("k8sjob")),
+        ("name", quoted(name)),
+        ("kubeconfig", quoted(&config.kubeconfig.unwrap_or_default().display().to_string())),
+        ("namespace", quoted(&config.namespace)),
+        ("agent_url", quoted(&config.agent_url)),
+        ("agent_image", quoted(&config.agent_image)),
+        ("default_image", quoted(image)),
+        ("pull_policy", quoted("Never")),
+        ("cpu_request_percent", config.cpu_request_percent.to_string()),
+        ("memory_request_percent", config.memory_request_percent.to_string()),
+        ("enforces_network_policies", "true".to_owned()),
+    ];
+    // What is asked for goes before what is usual.
+    let asked: Vec<&str> =
+        more.split(',').filter_map(|setting| setting.split_once('=')).map(|(key, _)| key.trim()).collect();
+    let usual: Vec<String> = usual
+        .into_iter()
+        .filter(|(key, _)| !asked.contains(key))
+        .map(|(key, value)| format!("{key} = {value}"))
+        .collect();
+    format!("{{ {}{more} }}", usual.join(", "))
 }
 
 /// Settings of a service with this backend, as variables of its environment.
@@ -217,6 +231,7 @@ pub async fn open(config: K8sJobConfig, hub: &Arc<AgentHub>, instance: &str) -> 
         hub: Arc::clone(hub),
         clock: Arc::new(SystemClock::new()),
         staging: StagingLimits::default(),
+        meter: Arc::new(NoMeter),
     };
     K8sJobBackend::open(parts).await.expect("open the Kubernetes backend")
 }
