@@ -150,6 +150,14 @@ impl Shared {
             match self.judge_start(&seen, now.saturating_sub(begun), patient) {
                 Start::Begun => return Ok(()),
                 Start::Failed(error) => return Err(error),
+                Start::NoPod => {
+                    let why = self
+                        .refusal(&self.names.workload(id))
+                        .await
+                        .unwrap_or_else(|| "a quota or an admission controller may refuse it".to_owned());
+                    let context = format!("no pod was made in {:?}: {why}", now.saturating_sub(begun));
+                    return Err(BackendError::new(BackendErrorKind::Unschedulable, true, context));
+                }
                 Start::NotYet => {}
             }
             tokio::select! {
@@ -180,10 +188,7 @@ impl Shared {
                 return failed(BackendErrorKind::Substrate, true, format!("the Job failed: {why}"));
             }
             if waited > Duration::from_secs(self.config.unschedulable_seconds) {
-                let context = format!(
-                    "no pod was made in {waited:?}: a quota or an admission controller may refuse it"
-                );
-                return failed(BackendErrorKind::Unschedulable, true, context);
+                return Start::NoPod;
             }
             return Start::NotYet;
         };
@@ -232,5 +237,7 @@ impl Shared {
 enum Start {
     NotYet,
     Begun,
+    /// For so long that it will not come by itself.
+    NoPod,
     Failed(BackendError),
 }

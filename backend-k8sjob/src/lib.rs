@@ -18,6 +18,7 @@ mod config;
 mod convert;
 mod ensure;
 mod error;
+mod events;
 mod names;
 mod observe;
 mod seen;

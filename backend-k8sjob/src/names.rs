@@ -18,6 +18,8 @@ const ATTEMPT: &str = "runner.attempt";
 pub(crate) const NETWORK: &str = "runner.network";
 /// On a Job: it was stopped by us without an agent's help. Microseconds since the epoch.
 pub(crate) const STOPPED: &str = "runner.stopped";
+/// On a Job that was stopped so: what was there to be stopped, for people.
+pub(crate) const STOPPED_SEEN: &str = "runner.stopped-seen";
 
 /// Names everything of one backend.
 #[derive(Debug, Clone)]

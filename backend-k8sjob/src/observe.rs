@@ -15,9 +15,10 @@ use runner_core::{
     agent::{AgentAnswer, AgentAsk, AgentPresence, AgentState, AskError},
     artifact::ArtifactKey,
     backend::{AttemptContext, BackendError, BackendErrorKind, EndedAttempt, Observation},
+    clock::Timestamp,
     id::AttemptId,
     log::FrameBatch,
-    outcome::Cause,
+    outcome::{Cause, Evidence},
 };
 use tokio::sync::watch;
 
@@ -33,6 +34,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_secs(5);
 /// After a failed ask of an agent that is said to be connected.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long an event may take to come after what it tells of.
+const EVENT_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(500), Duration::from_secs(1)];
 
 /// Where an observation is.
 #[derive(Debug)]
@@ -133,12 +137,49 @@ impl Observer {
                 Step::End(published) => {
                     let ending = self.ending.take().unwrap_or_else(|| self.lost("no end was seen"));
                     let counted = Counted { input_bytes: self.input_bytes, log_bytes: self.position };
-                    let ended = judge(ending, counted, published);
-                    return Ok(Observation::Ended(blame(ended, self.pod.as_ref())));
+                    let before = match &ending {
+                        Ending::Stopped { time, .. } => self.stopped_seen(*time),
+                        Ending::Recorded { .. }
+                        | Ending::NeverBegan { .. }
+                        | Ending::Died { .. }
+                        | Ending::Lost { .. } => None,
+                    };
+                    let mut ended = judge(ending, counted, published);
+                    ended.evidence.splice(0..0, before);
+                    let evicted = if ended.cause == Cause::Backend { self.evicted().await } else { None };
+                    return Ok(Observation::Ended(blame(ended, evicted)));
                 }
                 Step::Over => return Err(error::substrate("observe: the observation is over")),
             }
         }
+    }
+
+    /// What was there when the workload was stopped.
+    fn stopped_seen(&self, time: Timestamp) -> Option<Evidence> {
+        let job = self.shared.watch.seen(self.attempt.attempt).job;
+        job?.stopped_seen.map(|detail| Evidence { source: "pod".to_owned(), detail, time })
+    }
+
+    /// Why the pod was taken off its node, where that is how it ended.
+    async fn evicted(&mut self) -> Option<String> {
+        self.look();
+        let pod = self.pod.clone()?;
+        if let Some(why) = pod.evicted() {
+            return Some(why);
+        }
+        let there = self.shared.watch.seen(self.attempt.attempt).pods.iter().any(|one| one.uid == pod.uid);
+        if there && !pod.deleting {
+            return None;
+        }
+        // Somebody deleted it. Who makes room for another pod says so in an event only, and a little later.
+        for pause in EVENT_PAUSES {
+            tokio::time::sleep(pause).await;
+            let why = self.shared.eviction(&pod.name, &pod.uid).await;
+            if why.is_some() {
+                return why;
+            }
+        }
+        None
     }
 
     /// What is known of the cluster's side, remembering the pod.
@@ -408,9 +449,9 @@ async fn nothing_there(shared: &Shared, workload: &Workload, id: AttemptId) {
 }
 
 /// Tells an eviction from every other end that came from outside.
-fn blame(mut ended: EndedAttempt, pod: Option<&PodSeen>) -> EndedAttempt {
+fn blame(mut ended: EndedAttempt, evicted: Option<String>) -> EndedAttempt {
     if ended.cause == Cause::Backend
-        && let Some(why) = pod.and_then(PodSeen::evicted)
+        && let Some(why) = evicted
     {
         ended.cause = Cause::Evicted;
         ended.retryable = Cause::Evicted.retryable_by_default();
@@ -437,9 +478,8 @@ mod tests {
             outputs: None,
         };
         let evicted = PodSeen { reason: "Evicted".into(), message: "disk".into(), ..PodSeen::default() };
-        assert_eq!(blame(ended(Cause::Backend), Some(&evicted)).cause, Cause::Evicted);
-        assert_eq!(blame(ended(Cause::Exited), Some(&evicted)).cause, Cause::Exited);
-        assert_eq!(blame(ended(Cause::Backend), Some(&PodSeen::default())).cause, Cause::Backend);
-        assert_eq!(blame(ended(Cause::Backend), None).cause, Cause::Backend);
+        assert_eq!(blame(ended(Cause::Backend), evicted.evicted()).cause, Cause::Evicted);
+        assert_eq!(blame(ended(Cause::Exited), evicted.evicted()).cause, Cause::Exited);
+        assert_eq!(blame(ended(Cause::Backend), PodSeen::default().evicted()).cause, Cause::Backend);
     }
 }

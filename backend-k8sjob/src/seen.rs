@@ -8,7 +8,7 @@ use runner_core::clock::Timestamp;
 
 use crate::{
     convert::{FETCH, MAIN, PUBLISH},
-    names::STOPPED,
+    names::{STOPPED, STOPPED_SEEN},
 };
 
 /// Reasons of a container that waits because its image cannot be had.
@@ -205,7 +205,8 @@ impl PodSeen {
             self.main.describe(),
             self.publish.describe(),
         );
-        for more in [&self.reason, &self.message] {
+        let no_node = self.unschedulable.as_ref().map(|why| format!("no node takes it: {why}"));
+        for more in [&self.reason, &self.message].into_iter().chain(&no_node) {
             if !more.is_empty() {
                 text.push_str(": ");
                 text.push_str(more);
@@ -222,19 +223,23 @@ pub(crate) struct JobSeen {
     pub(crate) deleting: bool,
     /// It was stopped by us, without an agent's help.
     pub(crate) stopped: Option<Timestamp>,
+    /// What was there then.
+    pub(crate) stopped_seen: Option<String>,
     /// Why it failed as a Job.
     pub(crate) failed: Option<String>,
 }
 
 impl JobSeen {
     pub(crate) fn new(job: &Job) -> Self {
-        let mark = job.metadata.annotations.as_ref().and_then(|annotations| annotations.get(STOPPED));
+        let annotation = |name: &str| job.metadata.annotations.as_ref()?.get(name);
+        let mark = annotation(STOPPED);
         let conditions = job.status.iter().flat_map(|status| status.conditions.iter().flatten());
         let failed = conditions.into_iter().find(|one| one.type_ == "Failed" && one.status == "True");
         Self {
             uid: job.metadata.uid.clone().unwrap_or_default(),
             deleting: job.metadata.deletion_timestamp.is_some(),
             stopped: mark.and_then(|mark| mark.parse().ok()).map(Timestamp::from_micros),
+            stopped_seen: annotation(STOPPED_SEEN).cloned(),
             failed: failed.map(|one| {
                 format!(
                     "{}: {}",

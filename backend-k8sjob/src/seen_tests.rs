@@ -67,12 +67,13 @@ fn a_pod_without_a_node_says_why() {
         { "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes" },
     ] }));
     assert_eq!(seen.unschedulable.as_deref(), Some("0/1 nodes"));
+    assert!(seen.describe().ends_with("no node takes it: 0/1 nodes"), "{}", seen.describe());
 }
 
 #[test]
 fn a_jobs_mark_and_failure_are_read() {
     let job: Job = serde_json::from_value(serde_json::json!({
-        "metadata": { "uid": "u", "annotations": { STOPPED: "17" } },
+        "metadata": { "uid": "u", "annotations": { STOPPED: "17", STOPPED_SEEN: "it was pending" } },
         "status": { "conditions": [
             { "type": "Failed", "status": "True", "reason": "DeadlineExceeded", "message": "too long" },
         ] },
@@ -80,6 +81,7 @@ fn a_jobs_mark_and_failure_are_read() {
     .unwrap();
     let seen = JobSeen::new(&job);
     assert_eq!(seen.stopped, Some(Timestamp::from_micros(17)));
+    assert_eq!(seen.stopped_seen.as_deref(), Some("it was pending"));
     assert_eq!(seen.failed.as_deref(), Some("DeadlineExceeded: too long"));
     assert_eq!(JobSeen::new(&Job::default()), JobSeen::default());
 }

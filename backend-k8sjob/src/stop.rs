@@ -21,7 +21,7 @@ use serde_json::json;
 use crate::{
     backend::{REQUEST_TIMEOUT, Shared, bounded},
     error::{self, Answer},
-    names::STOPPED,
+    names::{STOPPED, STOPPED_SEEN},
     seen::{JobSeen, PodSeen},
 };
 
@@ -31,11 +31,23 @@ const DIAL: Duration = Duration::from_secs(15);
 const POD_DEATH: Duration = Duration::from_secs(90);
 /// How long everything of an attempt may take to be removed.
 const REMOVAL: Duration = Duration::from_secs(90);
+/// Longest text about it that a Job that is stopped keeps, in bytes.
+const MAX_SEEN: usize = 1024;
 const POLL: Duration = Duration::from_millis(250);
+/// How often the server is asked for a pod that takes long to end, and of which the watch has no news.
+const SLOW_POLL: Duration = Duration::from_secs(2);
 
 impl Shared {
     fn pods(&self) -> Api<Pod> {
         Api::namespaced(self.client.clone(), &self.config.namespace)
+    }
+
+    /// The Job, if there is one. What the watch has need not be asked for: where it is gone by now, whatever is done to it finds that.
+    async fn known_job(&self, id: AttemptId) -> Result<Option<JobSeen>, BackendError> {
+        match self.watch.seen(id).job {
+            Some(known) => Ok(Some(known)),
+            None => self.job(id).await,
+        }
     }
 
     /// Ends the workload, and returns when it is proven dead.
@@ -44,7 +56,7 @@ impl Shared {
         // Nobody makes it meanwhile: what is not there now never was.
         let job = {
             let _verbs = workload.verbs.lock().await;
-            self.job(id).await?
+            self.known_job(id).await?
         };
         let ended = match job {
             None => Ok(()),
@@ -92,7 +104,8 @@ impl Shared {
         if job.stopped.is_none() {
             let mark = self.clock.now().as_micros().to_string();
             // Before anything dies, so that the end is known for what it is.
-            let marked = json!({ "metadata": { "annotations": { STOPPED: mark } } });
+            let there = self.what_is_there(id).await;
+            let marked = json!({ "metadata": { "annotations": { STOPPED: mark, STOPPED_SEEN: there } } });
             if !self.patch_job(id, &name, marked).await? {
                 return Ok(());
             }
@@ -107,8 +120,11 @@ impl Shared {
             return Ok(());
         }
         let begun = self.clock.monotonic();
+        let mut changes = self.watch.changes(id);
+        let mut pause = POLL;
         let mut told: Vec<String> = alive.into_iter().map(|pod| pod.uid).collect();
         loop {
+            changes.borrow_and_update();
             // Asked of the server itself: the watch may not have the newest pod yet.
             let (alive, active) = self.alive(id).await?;
             if alive.is_empty() && active == 0 {
@@ -122,8 +138,22 @@ impl Shared {
                 let seen = alive.first().map(PodSeen::describe).unwrap_or_default();
                 return Err(error::substrate(format!("end the pod of {id}: it is alive: {seen}")));
             }
-            tokio::time::sleep(POLL).await;
+            let _ = tokio::time::timeout(pause, changes.changed()).await;
+            pause = pause.saturating_mul(2).min(SLOW_POLL);
         }
+    }
+
+    /// What is about to be ended, for people: afterwards nothing tells why it had not begun, for example.
+    async fn what_is_there(&self, id: AttemptId) -> String {
+        let mut text = match self.watch.seen(id).pod() {
+            Some(pod) => pod.describe(),
+            None => match self.refusal(&self.names.workload(id)).await {
+                Some(why) => format!("there is no pod: {why}"),
+                None => "there is no pod".to_owned(),
+            },
+        };
+        text.truncate(text.floor_char_boundary(MAX_SEEN));
+        text
     }
 
     /// Changes the Job. `false`: there is none.
@@ -176,10 +206,7 @@ impl Shared {
         let workload = self.workload(id);
         let removed = {
             let _verbs = workload.verbs.lock().await;
-            // What the watch has need not be asked for: one that is gone by now is found to be gone when it is deleted.
-            let known = self.watch.seen(id).job;
-            let job = if known.is_some() { known } else { self.job(id).await? };
-            match job {
+            match self.known_job(id).await? {
                 None => Ok(()),
                 Some(job) => self.remove_job(id, &job).await,
             }
@@ -192,6 +219,8 @@ impl Shared {
     }
 
     async fn remove_job(&self, id: AttemptId, job: &JobSeen) -> Result<(), BackendError> {
+        // Once the watch has had it, its going is proof; before that, nothing there may be news that has not come.
+        let mut known = self.watch.seen(id).job.is_some();
         if !job.deleting {
             self.end(id, job, Duration::ZERO).await?;
             // With its agent done the pod is over, and need not be ended with a grace. One that does not hear it is.
@@ -214,8 +243,6 @@ impl Shared {
         }
         let begun = self.clock.monotonic();
         let mut changes = self.watch.changes(id);
-        // Once the watch has had it, its going is proof; before that, nothing there may be news that has not come.
-        let mut known = false;
         loop {
             changes.borrow_and_update();
             let seen = self.watch.seen(id);

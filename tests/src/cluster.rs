@@ -19,6 +19,7 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use runner_core::clock::{IdGen as _, SystemIds};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
@@ -86,6 +87,21 @@ impl Cluster {
     /// The administrator's kubeconfig, for other programs than `kubectl`.
     pub fn admin(&self) -> &str {
         &self.admin
+    }
+
+    /// A namespace of the calling test's own, where the backend may do what it may in the shared one, with a quota.
+    ///
+    /// # Panics
+    /// Where the cluster does not make it.
+    pub fn own_namespace(&self, quota: &Value) -> OwnNamespace {
+        let own =
+            OwnNamespace { admin: self.admin.clone(), name: format!("runner-test-{:x}", SystemIds.random()) };
+        let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": own.name } });
+        let items = json!([namespace, role(&own.name), binding(&own.name, SERVICE, "Role", SERVICE)]);
+        own.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
+        own.wait_for(&["serviceaccount", "default"], |_| true);
+        own.set_quota(quota);
+        own
     }
 
     /// The image of the agents in pods, as the node has it.
@@ -170,20 +186,101 @@ fn find() -> Result<Cluster, String> {
     Ok(cluster)
 }
 
+/// A namespace that goes when this is dropped, with all that is in it.
+#[derive(Debug)]
+pub struct OwnNamespace {
+    admin: String,
+    /// What it is called.
+    pub name: String,
+}
+
+impl OwnNamespace {
+    /// Gives it this quota (`{"pods": "0"}`) in place of the one before, and waits until it counts.
+    ///
+    /// # Panics
+    /// Where the cluster does not take it.
+    pub fn set_quota(&self, hard: &Value) {
+        self.apply(&json!({
+            "apiVersion": "v1",
+            "kind": "ResourceQuota",
+            "metadata": { "name": "quota", "namespace": self.name },
+            "spec": { "hard": hard },
+        }));
+        self.wait_for(&["resourcequota", "quota"], |quota| quota["status"]["hard"] == *hard);
+    }
+
+    /// What is in it with these labels: Jobs, pods, Secrets.
+    ///
+    /// # Panics
+    /// Where the cluster does not say.
+    pub fn labelled(&self, selector: &str) -> String {
+        let args =
+            ["get", "jobs,pods,secrets", "--namespace", &self.name, "--output=name", "--selector", selector];
+        kubectl(&self.admin, &args, &Value::Null).expect("list what is there")
+    }
+
+    fn apply(&self, object: &Value) {
+        kubectl(&self.admin, &["apply", "--filename=-"], object).expect("make it");
+    }
+
+    fn wait_for(&self, what: &[&str], is: impl Fn(&Value) -> bool) {
+        let args = [&["get", "--output=json", "--namespace", &self.name], what].concat();
+        let mut waited = Duration::ZERO;
+        loop {
+            let found = kubectl(&self.admin, &args, &Value::Null).unwrap_or_default();
+            if serde_json::from_str(&found).is_ok_and(|found| is(&found)) {
+                return;
+            }
+            assert!(waited < PATIENCE, "the cluster takes too long for {what:?}");
+            std::thread::sleep(POLL);
+            waited += POLL;
+        }
+    }
+}
+
+impl Drop for OwnNamespace {
+    fn drop(&mut self) {
+        let args = ["delete", "namespace", &self.name, "--wait=true", "--timeout=60s"];
+        let gone = kubectl(&self.admin, &args, &Value::Null);
+        assert!(gone.is_ok() || std::thread::panicking(), "{gone:?}");
+    }
+}
+
+/// What docs/k8sjob.md says that the backend may do, in a namespace.
+fn role(namespace: &str) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "Role",
+        "metadata": { "name": SERVICE, "namespace": namespace },
+        "rules": [
+            {
+                "apiGroups": ["batch"],
+                "resources": ["jobs"],
+                "verbs": ["create", "get", "list", "watch", "patch", "delete"],
+            },
+            { "apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch", "delete"] },
+            { "apiGroups": [""], "resources": ["secrets"], "verbs": ["create"] },
+            { "apiGroups": [""], "resources": ["events"], "verbs": ["list"] },
+        ],
+    })
+}
+
+/// Gives an account of the shared namespace a role in a namespace.
+fn binding(namespace: &str, account: &str, kind: &str, role: &str) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "RoleBinding",
+        "metadata": { "name": account, "namespace": namespace },
+        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role },
+        "subjects": [{ "kind": "ServiceAccount", "name": account, "namespace": NAMESPACE }],
+    })
+}
+
 /// The namespace, the backend's account with exactly what docs/k8sjob.md says, and the tests' account.
 fn accounts() -> Value {
     let account = |name: &str| {
         json!({
             "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": name, "namespace": NAMESPACE },
-        })
-    };
-    let binding = |name: &str, kind: &str, role: &str| {
-        json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1",
-            "kind": "RoleBinding",
-            "metadata": { "name": name, "namespace": NAMESPACE },
-            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role },
-            "subjects": [{ "kind": "ServiceAccount", "name": name, "namespace": NAMESPACE }],
         })
     };
     json!({
@@ -193,22 +290,9 @@ fn accounts() -> Value {
             { "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } },
             account(SERVICE),
             account(TESTER),
-            {
-                "apiVersion": "rbac.authorization.k8s.io/v1",
-                "kind": "Role",
-                "metadata": { "name": SERVICE, "namespace": NAMESPACE },
-                "rules": [
-                    {
-                        "apiGroups": ["batch"],
-                        "resources": ["jobs"],
-                        "verbs": ["create", "get", "list", "watch", "patch", "delete"],
-                    },
-                    { "apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch", "delete"] },
-                    { "apiGroups": [""], "resources": ["secrets"], "verbs": ["create"] },
-                ],
-            },
-            binding(SERVICE, "Role", SERVICE),
-            binding(TESTER, "ClusterRole", "admin"),
+            role(NAMESPACE),
+            binding(NAMESPACE, SERVICE, "Role", SERVICE),
+            binding(NAMESPACE, TESTER, "ClusterRole", "admin"),
         ],
     })
 }

@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod crash;
 pub mod docker;
 pub mod https;
+pub mod ill_store;
 pub mod log;
 pub mod objects;
 pub mod place;

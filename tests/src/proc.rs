@@ -217,6 +217,25 @@ pub fn pids_in_control_groups_named(name: &str) -> Vec<i32> {
     pids
 }
 
+/// The control group that limits the memory of a process, in whichever version of control groups it is.
+pub fn memory_group(pid: i32) -> Option<PathBuf> {
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let of = |line: &str| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        let root = match controllers {
+            "" => Path::new("/sys/fs/cgroup").to_owned(),
+            all if all.split(',').any(|one| one == "memory") => Path::new("/sys/fs/cgroup/memory").to_owned(),
+            _ => return None,
+        };
+        Some(root.join(path.trim_start_matches('/')))
+    };
+    let limits = |group: &PathBuf| {
+        ["memory.max", "memory.limit_in_bytes"].iter().any(|limit| group.join(limit).exists())
+    };
+    groups.lines().filter_map(of).find(limits)
+}
+
 /// Removes control groups that a failed test left behind.
 pub fn remove_control_groups_named(name: &str) {
     let mut found = Vec::new();

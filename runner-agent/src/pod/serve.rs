@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use runner_core::{
-    backend::NoProgress,
+    backend::{NoProgress, chain},
     clock::{Clock as _, SystemClock},
     log::codec,
 };
@@ -268,11 +268,11 @@ impl Answerer {
         };
         match publish_outputs(job).await {
             Ok(done) => {
-                let failure = done.failure.map(|error| (error.to_string(), error.kind.retryable()));
+                let failure = done.failure.map(|error| (chain(&error), error.kind.retryable()));
                 published(failure, done.notes, true)
             }
-            Err(error) if error.kind.retryable() => failed(error.to_string(), true),
-            Err(error) => published(Some((error.to_string(), false)), Vec::new(), false),
+            Err(error) if error.kind.retryable() => failed(chain(&error), true),
+            Err(error) => published(Some((chain(&error), false)), Vec::new(), false),
         }
     }
 }

@@ -65,6 +65,8 @@ pub(super) struct Driver {
     cancelled: watch::Receiver<bool>,
     /// No process has driven the current attempt before.
     fresh: bool,
+    /// Why the current attempt's workload could not be made at the last try.
+    late: Option<String>,
 }
 
 impl Driver {
@@ -80,7 +82,18 @@ impl Driver {
         let timers = timers.iter().map(|timer| arm(core, timer)).collect();
         let since = core.parts.clock.monotonic();
         let cancelled = live.watch_cancel();
-        Self { core: Arc::clone(core), live, record, backend, slots, timers, since, cancelled, fresh }
+        Self {
+            core: Arc::clone(core),
+            live,
+            record,
+            backend,
+            slots,
+            timers,
+            since,
+            cancelled,
+            fresh,
+            late: None,
+        }
     }
 
     /// Drives the run to its end, or until the service stops.
@@ -224,6 +237,7 @@ impl Driver {
         dog: &mut Watchdog,
     ) -> Result<Result<Followed, BackendError>, LetGo> {
         let fresh = std::mem::take(&mut self.fresh);
+        self.late = None;
         let cursor = self.open_log(context.attempt, fresh, dog).await?;
         // Once the program was seen running, `ensure` is never called again: if the workload is gone, it is lost.
         if self.record.position.state == RunState::Preparing {
@@ -239,7 +253,7 @@ impl Driver {
 
     /// Calls `ensure` until it succeeds, fails for good, or there is a reason to stop.
     async fn ensure(
-        &self,
+        &mut self,
         context: &AttemptContext,
         dog: &mut Watchdog,
     ) -> Result<Result<Result<(), BackendError>, StopReason>, LetGo> {
@@ -266,6 +280,7 @@ impl Driver {
                 return Ok(Ok(Err(error)));
             }
             tracing::debug!(run.id = %self.record.id, failures, error = error.chain(), "ensure failed; trying again");
+            self.late = Some(error.chain());
             let pause = tokio::time::sleep(self.core.backoff(failures));
             if let Err(reason) = dog.unless_stopped(pause).await? {
                 return Ok(Err(reason));
@@ -332,6 +347,12 @@ impl Driver {
         let summary = self.seal_log(attempt, dog).await?;
         outcome.usage.log_bytes = summary.end;
         let now = parts.clock.now();
+        // One that was not made in time says nothing; the tries do.
+        if let Some(why) = self.late.take()
+            && never_started
+        {
+            outcome = outcome.with_evidence("start", why, now);
+        }
         let record = AttemptRecord {
             number: attempt.number,
             backend: self.record.backend.clone(),
