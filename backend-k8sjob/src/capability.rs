@@ -3,7 +3,7 @@
 use runner_agent::{pod::path as pod_path, staging::MountPlan};
 use runner_core::{
     capability::Capabilities,
-    spec::{FieldViolation, InputSource, InvalidSpec, RunSpec, path},
+    spec::{FieldViolation, InputSource, InvalidSpec, Network, RunSpec, path},
 };
 
 use crate::{config::K8sJobConfig, convert};
@@ -62,8 +62,8 @@ pub(crate) fn objections(config: &K8sJobConfig, spec: &RunSpec) -> Vec<FieldViol
         if ours(&input.path) {
             object(format!("spec.inputs[{i}].path"), "FORBIDDEN", "this path belongs to the backend");
         }
-        if matches!(input.source, InputSource::Https(_)) {
-            let what = "this backend does not fetch inputs by https; upload it first";
+        if matches!(input.source, InputSource::Https(_)) && spec.network == Network::None {
+            let what = "it would be fetched in the pod, whose network is `none`: ask for `egress`, or upload it first";
             object(format!("spec.inputs[{i}].source"), "UNSUPPORTED", what);
         }
     }
@@ -77,7 +77,7 @@ pub(crate) fn objections(config: &K8sJobConfig, spec: &RunSpec) -> Vec<FieldViol
 
 #[cfg(test)]
 mod tests {
-    use runner_core::spec::{Input, Network, Output};
+    use runner_core::spec::{Input, Output};
 
     use super::*;
 
@@ -114,6 +114,24 @@ mod tests {
                 "spec.outputs[0].path"
             ]
         );
+    }
+
+    #[test]
+    fn an_input_by_https_needs_a_network() {
+        let source = InputSource::Https("https://example.org/x".parse().unwrap());
+        let input = Input { path: "/inputs/x".into(), source, sha256: None, mode: None, extract: None };
+        let spec = RunSpec {
+            image: Some("a".into()),
+            command: vec!["x".into()],
+            inputs: vec![input],
+            ..RunSpec::default()
+        };
+        let config = K8sJobConfig { enforces_network_policies: true, ..K8sJobConfig::default() };
+        let fields = |spec: &RunSpec| -> Vec<String> {
+            objections(&config, spec).into_iter().map(|violation| violation.field).collect()
+        };
+        assert_eq!(fields(&RunSpec { network: Network::None, ..spec.clone() }), ["spec.inputs[0].source"]);
+        assert_eq!(fields(&RunSpec { network: Network::Egress, ..spec }), [""; 0]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Bytes under a key in the object store, and the manifest that makes a set of them one result.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -352,12 +352,14 @@ pub struct ArtifactMeta {
 pub enum DirectAccess {
     /// Reads the object, whole or in ranges.
     Read,
-    /// Stores the object whole, where there is none yet, and only these bytes.
-    Create {
+    /// Stores the object whole, and only these bytes.
+    Store {
         /// In bytes.
         size: u64,
         /// Lower-case hex.
         sha256: Option<String>,
+        /// Only where there is none yet; else one that is there is replaced.
+        only_new: bool,
     },
 }
 
@@ -379,6 +381,26 @@ impl fmt::Debug for DirectRequest {
 /// Bytes on their way, in chunks of at most 1 MiB or so.
 pub type ByteStream = BoxStream<'static, Result<Bytes, ArtifactError>>;
 
+/// An object that is known before it is stored, and that can be read more than once.
+#[derive(Clone)]
+pub struct KnownObject {
+    /// In bytes.
+    pub size: u64,
+    /// Of its bytes, in lower-case hex.
+    pub sha256: String,
+    /// Its bytes, from the beginning, each time. Other bytes than were promised are no fault: they are not stored.
+    pub open: Arc<dyn Fn() -> ByteStream + Send + Sync>,
+}
+
+impl fmt::Debug for KnownObject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KnownObject")
+            .field("size", &self.size)
+            .field("sha256", &self.sha256)
+            .finish_non_exhaustive()
+    }
+}
+
 /// The object store.
 ///
 /// 1. `put` MUST be atomic: a reader sees the whole object or none, also after a crash in the middle.
@@ -391,12 +413,24 @@ pub type ByteStream = BoxStream<'static, Result<Bytes, ArtifactError>>;
 /// 7. A read is of one object: where it is replaced or deleted meanwhile, the reader gets the old one to its end, or an error
 ///    (`Mismatch`, `NotFound`); never bytes of both.
 /// 8. A request that `direct` answers permits what was asked for and nothing else.
+/// 9. `put_known` that answers `true` has stored exactly what was promised; with `false` it is `put` that stores the object.
 #[async_trait]
 pub trait ArtifactStore: fmt::Debug + Send + Sync + 'static {
     /// Stores what `bytes` yields. Returns its size.
     async fn put(&self, key: &ArtifactKey, bytes: ByteStream) -> Result<u64, ArtifactError>;
     /// Stores a small object.
     async fn put_bytes(&self, key: &ArtifactKey, bytes: Bytes) -> Result<(), ArtifactError>;
+    /// Whether [`put_known`](Self::put_known) may be worth the reading of an object twice.
+    fn prefers_known(&self, size: u64) -> bool {
+        let _ = size;
+        false
+    }
+    /// Stores an object that is known before it is sent. `false`: not this way, and nothing changed that `put` would not
+    /// replace.
+    async fn put_known(&self, key: &ArtifactKey, object: &KnownObject) -> Result<bool, ArtifactError> {
+        let _ = (key, object);
+        Ok(false)
+    }
     /// Reads an object from `range.start` to `range.end` (exclusive), cut at its end. Also answers its whole size.
     async fn get(
         &self,

@@ -317,7 +317,7 @@ pub fn is_public(address: IpAddr) -> bool {
 }
 
 /// Whether and how inputs are fetched by `https`. The default allows no host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HttpsPolicy {
     /// Hosts that a spec may name, and that a redirect may lead to. Empty: inputs by `https` are refused.
     pub hosts: Vec<HostPattern>,
@@ -334,7 +334,28 @@ pub struct HttpsPolicy {
     /// Longest time for one input, all in all.
     pub timeout: Duration,
     /// Certificates to trust beside the machine's own, as PEM.
+    #[serde(default, with = "shared_text", skip_serializing_if = "Option::is_none")]
     pub ca_pem: Option<Arc<str>>,
+    /// The public authorities that this build knows are trusted in place of the machine's own: for where it has none. Not told to
+    /// others, whose machine is another one.
+    #[serde(skip)]
+    pub bundled_roots: bool,
+}
+
+/// Text that is shared, as text.
+mod shared_text {
+    use std::sync::Arc;
+
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    #[allow(clippy::ref_option, reason = "serde's signature")]
+    pub(super) fn serialize<S: Serializer>(text: &Option<Arc<str>>, to: S) -> Result<S::Ok, S::Error> {
+        text.as_deref().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Arc<str>>, D::Error> {
+        Ok(Option::<String>::deserialize(from)?.map(Arc::from))
+    }
 }
 
 impl Default for HttpsPolicy {
@@ -348,6 +369,7 @@ impl Default for HttpsPolicy {
             stall_timeout: Duration::from_secs(30),
             timeout: Duration::from_secs(3600),
             ca_pem: None,
+            bundled_roots: false,
         }
     }
 }

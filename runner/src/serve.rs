@@ -19,7 +19,7 @@ use runner_artifacts::{
 };
 use runner_core::{
     agent::AgentHub,
-    artifact::{ArtifactError, ArtifactStore},
+    artifact::{ArtifactError, ArtifactErrorKind, ArtifactStore},
     backend::Backend,
     clock::{self, Clock, IdGen},
     service::{Options, Parts, RunService, ServiceError},
@@ -28,12 +28,15 @@ use runner_store::{DataDirLock, LockError, SqliteOptions, SqliteStore};
 use serde_json::json;
 
 use crate::{
-    agents::key::{self, AgentKeyError},
+    agents::{
+        Direct,
+        key::{self, AgentKeyError},
+    },
     blob::Spool,
     config::{BackendConfig, Config, UnauthenticatedCallers, objects::ObjectStoreConfig},
     metrics::Metrics,
     server::{BindError, bind, bind_for_agents, bind_for_operators},
-    surfaces::{SurfaceParts, Surfaces},
+    surfaces::{AgentParts, SurfaceParts, Surfaces},
 };
 
 /// Name, in the data directory, of the file that says who the service is.
@@ -152,6 +155,11 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         let directory = data_dir.join("objects");
         blocking(move || open_objects(&objects, &directory, &clock)).await?
     };
+    let direct = {
+        let (objects, artifacts, clock) =
+            (config.object_store.clone(), Arc::clone(&artifacts), Arc::clone(&clock));
+        blocking(move || open_direct(&objects, artifacts, &clock)).await?
+    };
     let spool = {
         let (dir, clock) = (data_dir.join("incoming"), Arc::clone(&clock));
         let most = config.server.resumable_bytes.0;
@@ -213,7 +221,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
         metrics,
         listener,
         ops_listener,
-        agents: agent_listener.map(|listener| (listener, hub)),
+        agents: agent_listener.map(|listener| AgentParts { listener, hub, direct }),
     };
     let surfaces = Surfaces::start(config, parts).await.map_err(ServeError::Descriptors)?;
     write_endpoint(&data_dir, listen, ops_listen)?;
@@ -231,6 +239,25 @@ fn open_objects(
         None => directory.to_string_lossy().into_owned(),
     };
     object::open_url(&url, &config.options(), clock).map_err(ServeError::Objects)
+}
+
+/// Where agents may move objects past the service.
+fn open_direct(
+    config: &ObjectStoreConfig,
+    artifacts: Arc<dyn ArtifactStore>,
+    clock: &Arc<dyn Clock>,
+) -> Result<Option<Direct>, ServeError> {
+    if !config.agent_urls {
+        return Ok(None);
+    }
+    let store = match (&config.url, config.agent_options()) {
+        (Some(url), Some(options)) => object::open_url(url, &options, clock).map_err(ServeError::Objects)?,
+        _ => artifacts,
+    };
+    let ca_pem = config.agent_ca().map_err(|why| {
+        ServeError::Objects(ArtifactError::new(ArtifactErrorKind::Other, format!("agent_ca_file: {why}")))
+    })?;
+    Ok(Some(Direct { store, lifetime: config.agent_url_lifetime.0, ca_pem }))
 }
 
 async fn open_backends(

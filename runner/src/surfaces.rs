@@ -14,7 +14,7 @@ use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agents::{self, Agents},
+    agents::{self, Agents, Direct},
     auth::Authenticator,
     blob,
     config::Config,
@@ -52,7 +52,18 @@ pub struct SurfaceParts {
     /// Health and metrics.
     pub ops_listener: TcpListener,
     /// Agents, where there is a backend that has some.
-    pub agents: Option<(TcpListener, Arc<AgentHub>)>,
+    pub agents: Option<AgentParts>,
+}
+
+/// What the agents' surface is made of.
+#[derive(Debug)]
+pub struct AgentParts {
+    /// Where they dial.
+    pub listener: TcpListener,
+    /// Where they meet their backends.
+    pub hub: Arc<AgentHub>,
+    /// Where they may move objects past the service.
+    pub direct: Option<Direct>,
 }
 
 /// Both ports, being served.
@@ -128,8 +139,14 @@ impl Surfaces {
             draining: draining.clone(),
             abort: abort.clone(),
         };
-        let agents = agents.map(|(listener, hub)| {
-            let surface = Agents { hub, live: Arc::clone(&service) as _, draining: draining.clone() };
+        let agents = agents.map(|AgentParts { listener, hub, direct }| {
+            let surface = Agents {
+                hub,
+                live: Arc::clone(&service) as _,
+                direct,
+                metrics: Arc::clone(&metrics),
+                draining: draining.clone(),
+            };
             let server = Server { name: "agents", ..server.clone() };
             task::spawn(TaskKind::Loop, "agents", server.serve(listener, agents::router(surface)))
         });

@@ -92,8 +92,13 @@ impl Served {
             draining: draining.clone(),
             abort: abort.clone(),
         };
-        let surface =
-            Agents { hub: Arc::clone(&hub), live: Arc::clone(live) as _, draining: draining.clone() };
+        let surface = Agents {
+            hub: Arc::clone(&hub),
+            live: Arc::clone(live) as _,
+            direct: None,
+            metrics: Arc::new(Metrics::new()),
+            draining: draining.clone(),
+        };
         let address = listener.local_addr().unwrap();
         let task = spawn(TaskKind::Loop, "agents", server.serve(listener, agents::router(surface)));
         Self { hub, address, abort, draining, task }

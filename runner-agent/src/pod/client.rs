@@ -1,16 +1,16 @@
 //! The connection to the service.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use runner_core::clock::{IdGen as _, SystemIds};
-use runner_proto::agent::{DescribeRequest, ReportRequest, agent_client::AgentClient};
+use runner_proto::agent::{DescribeReply, DescribeRequest, ReportRequest, agent_client::AgentClient};
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
     transport::{Channel, Endpoint},
 };
 
-use super::{Pod, PodError, URL_VARIABLE, order::Order};
+use super::{Pod, PodError, URL_VARIABLE, direct::Direct, order::Order};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two pings of a connection that is quiet, and how long one may stay unanswered.
@@ -39,6 +39,21 @@ impl Backoff {
         let jitter = SystemIds.random() % u64::try_from(half.as_millis()).unwrap_or(u64::MAX).max(1);
         tokio::time::sleep(half + Duration::from_millis(jitter)).await;
         self.next = (self.next * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// What a service answers who asks what is to be done.
+#[derive(Debug)]
+pub(super) struct Described {
+    pub(super) order: Order,
+    /// Objects may be moved past the service, with these certificates trusted there beside the public authorities, as PEM.
+    direct: Option<String>,
+}
+
+impl Described {
+    /// The way past the service, where there is one.
+    pub(super) fn way_past(&self, service: &Service) -> Option<Arc<Direct>> {
+        Direct::new(service.clone(), self.direct.as_deref()?)
     }
 }
 
@@ -80,16 +95,18 @@ impl Service {
         self.client.clone()
     }
 
-    /// What is to be done. Waits for a service that is away, or that has not taken the attempt up yet.
-    pub(super) async fn describe(&self) -> Result<Order, PodError> {
+    /// What is to be done, and how. Waits for a service that is away, or that has not taken the attempt up yet.
+    pub(super) async fn describe(&self) -> Result<Described, PodError> {
         let mut backoff = Backoff::new();
         loop {
             let mut request = self.request(DescribeRequest { pod: self.pod.clone() });
             request.set_timeout(CALL_TIMEOUT);
             match self.client().describe(request).await {
                 Ok(reply) => {
-                    let order = &reply.get_ref().order;
-                    return serde_json::from_slice(order).map_err(|error| PodError::pod("the order", error));
+                    let DescribeReply { order, direct, direct_ca } = reply.into_inner();
+                    let order =
+                        serde_json::from_slice(&order).map_err(|error| PodError::pod("the order", error))?;
+                    return Ok(Described { order, direct: direct.then_some(direct_ca) });
                 }
                 Err(status) => check(&status)?,
             }

@@ -4,6 +4,7 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::Path,
+    sync::OnceLock,
 };
 
 use runner_core::backend::{NoProgress, chain};
@@ -52,9 +53,15 @@ async fn bring(pod: &Pod) -> Result<(), PodError> {
     copy_agent(&pod.bin).map_err(|error| PodError::pod(pod.bin.display().to_string(), error))?;
     let service = Service::new(pod)?;
     let mut backoff = Backoff::new();
+    let way_past = OnceLock::new();
     loop {
-        let order = service.describe().await?;
-        let error = match stage(pod, &service, &order).await {
+        let described = service.describe().await?;
+        let direct = way_past.get_or_init(|| described.way_past(&service)).clone();
+        let store = RemoteStore { service: service.clone(), direct };
+        let mut order = described.order;
+        // An image with nothing in it has no authorities of its own.
+        order.limits.https.bundled_roots = true;
+        let error = match stage(pod, &store, &order).await {
             Ok(staged) => {
                 let handed = hand_over(pod, &order, staged);
                 return handed.map_err(|error| PodError::pod(pod.shim.display().to_string(), error));
@@ -88,7 +95,7 @@ fn copy_agent(bin: &Path) -> io::Result<()> {
     fs::rename(aside, bin.join("runner-agent"))
 }
 
-async fn stage(pod: &Pod, service: &Service, order: &Order) -> Result<StagedInputs, StagingError> {
+async fn stage(pod: &Pod, store: &RemoteStore, order: &Order) -> Result<StagedInputs, StagingError> {
     let local = |what: &str, why: String| StagingError {
         kind: StagingErrorKind::Local,
         direction: runner_core::backend::Direction::Input,
@@ -101,12 +108,11 @@ async fn stage(pod: &Pod, service: &Service, order: &Order) -> Result<StagedInpu
         ..local("place inputs and outputs", error.to_string())
     })?;
     let root = Root::open(&pod.stage).map_err(|error| local("open the stage", error.to_string()))?;
-    let store = RemoteStore(service.clone());
     stage_inputs(InputStaging {
         spec: &order.spec,
         plan: &plan,
         root: &root,
-        artifacts: &store,
+        artifacts: store,
         limits: &order.limits,
         progress: &NoProgress,
         // All containers of the pod have the same user.

@@ -12,6 +12,7 @@
 pub mod order;
 
 mod client;
+mod direct;
 mod fetch;
 mod publish;
 mod serve;

@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -15,7 +15,7 @@ use runner_core::{
 };
 use runner_proto::agent::{self as wire, answer, ask};
 
-use super::{Pod, client::Service, fetch::STAGED, store::RemoteStore};
+use super::{Pod, client::Service, direct::Direct, fetch::STAGED, store::RemoteStore};
 use crate::{
     exec::{
         client::{self, ControlError, SpoolReader},
@@ -49,6 +49,8 @@ pub(super) struct Answerer {
     clock: SystemClock,
     readers: Mutex<Vec<SpoolReader>>,
     publishing: tokio::sync::Mutex<()>,
+    /// The way past the service, once it is known whether there is one.
+    direct: OnceLock<Option<Arc<Direct>>>,
 }
 
 fn failed(message: impl Into<String>, retryable: bool) -> answer::Body {
@@ -64,6 +66,7 @@ impl Answerer {
             clock: SystemClock::new(),
             readers: Mutex::default(),
             publishing: tokio::sync::Mutex::default(),
+            direct: OnceLock::new(),
         })
     }
 
@@ -243,10 +246,12 @@ impl Answerer {
             answer::Body::Published(wire::Published { failure, retryable, notes, stored })
         };
         let _one = self.publishing.lock().await;
-        let order = match self.service.describe().await {
-            Ok(order) => order,
+        let described = match self.service.describe().await {
+            Ok(described) => described,
             Err(error) => return failed(error.to_string(), true),
         };
+        let direct = self.direct.get_or_init(|| described.way_past(&self.service)).clone();
+        let order = described.order;
         let plan = match MountPlan::new(&order.spec) {
             Ok(plan) => plan,
             Err(error) => return failed(error.to_string(), false),
@@ -255,7 +260,7 @@ impl Answerer {
             Ok(root) => root,
             Err(error) => return failed(format!("open the stage: {error}"), false),
         };
-        let store = RemoteStore(self.service.clone());
+        let store = RemoteStore { service: self.service.clone(), direct };
         let job = OutputPublishing {
             spec: &order.spec,
             plan: &plan,

@@ -1,18 +1,20 @@
-//! The object store as an agent sees it: through the service, as far as its attempt's objects go.
+//! The object store as an agent sees it, as far as its attempt's objects go: through the service, and past it where the store
+//! permits that and the object is worth it.
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt as _, stream, stream::BoxStream};
 use runner_core::artifact::{
-    ArtifactError, ArtifactErrorKind, ArtifactKey, ArtifactMeta, ArtifactStore, ByteStream,
+    ArtifactError, ArtifactErrorKind, ArtifactKey, ArtifactMeta, ArtifactStore, ByteStream, KnownObject,
 };
 use runner_proto::agent::{DeleteObjectRequest, HeadObjectRequest, ReadObjectRequest, WriteObjectRequest};
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
-use super::client::Service;
+use super::{client::Service, direct::Direct};
 
 /// Bytes of one message.
 const PIECE: usize = 256 * 1024;
@@ -25,7 +27,11 @@ const STALL: Duration = Duration::from_secs(120);
 
 /// The store.
 #[derive(Debug, Clone)]
-pub(super) struct RemoteStore(pub(super) Service);
+pub(super) struct RemoteStore {
+    pub(super) service: Service,
+    /// The way past the service, where there is one.
+    pub(super) direct: Option<Arc<Direct>>,
+}
 
 /// What a status means. `runner::agents::objects` makes the codes.
 fn failed(what: String, status: Status) -> ArtifactError {
@@ -60,8 +66,8 @@ impl RemoteStore {
         let outgoing = stream::unfold(messages, |mut messages| async move {
             messages.recv().await.map(|message| (message, messages))
         });
-        let request = self.0.request(outgoing);
-        let mut client = self.0.client();
+        let request = self.service.request(outgoing);
+        let mut client = self.service.client();
         let calling = client.write_object(request);
         let first = key.to_string();
         let feeding = async move {
@@ -99,7 +105,27 @@ impl ArtifactStore for RemoteStore {
     }
 
     async fn put_bytes(&self, key: &ArtifactKey, bytes: Bytes) -> Result<(), ArtifactError> {
+        let size = bytes.len() as u64;
+        if self.prefers_known(size) {
+            let sha256 = hex::encode(Sha256::digest(&bytes));
+            let bytes = bytes.clone();
+            let open = Arc::new(move || stream::iter([Ok(bytes.clone())]).boxed());
+            if self.put_known(key, &KnownObject { size, sha256, open }).await? {
+                return Ok(());
+            }
+        }
         self.send(key, stream::iter([Ok(bytes)]).boxed()).await.map(drop)
+    }
+
+    fn prefers_known(&self, size: u64) -> bool {
+        self.direct.as_ref().is_some_and(|direct| direct.stores(size))
+    }
+
+    async fn put_known(&self, key: &ArtifactKey, object: &KnownObject) -> Result<bool, ArtifactError> {
+        match &self.direct {
+            Some(direct) => direct.put(key, object).await,
+            None => Ok(false),
+        }
     }
 
     async fn get(
@@ -107,11 +133,21 @@ impl ArtifactStore for RemoteStore {
         key: &ArtifactKey,
         range: Range<u64>,
     ) -> Result<(ArtifactMeta, ByteStream), ArtifactError> {
+        // Who reads no more than so much reads a small document: one trip by the service, not two.
+        if let Some(direct) = &self.direct
+            && range.end == u64::MAX
+            && let Some((size, bytes)) = direct.get(key, range.clone()).await
+        {
+            return Ok((ArtifactMeta { key: key.clone(), size }, bytes));
+        }
         let what = format!("read {key}");
-        let request =
-            self.0.request(ReadObjectRequest { key: key.to_string(), from: range.start, to: range.end });
+        let request = self.service.request(ReadObjectRequest {
+            key: key.to_string(),
+            from: range.start,
+            to: range.end,
+        });
         let opening = async {
-            let mut messages = self.0.client().read_object(request).await?.into_inner();
+            let mut messages = self.service.client().read_object(request).await?.into_inner();
             let first = messages.message().await?;
             Ok::<_, Status>((first, messages))
         };
@@ -133,9 +169,9 @@ impl ArtifactStore for RemoteStore {
     }
 
     async fn head(&self, key: &ArtifactKey) -> Result<ArtifactMeta, ArtifactError> {
-        let mut request = self.0.request(HeadObjectRequest { key: key.to_string() });
+        let mut request = self.service.request(HeadObjectRequest { key: key.to_string() });
         request.set_timeout(CALL_TIMEOUT);
-        let reply = self.0.client().head_object(request).await;
+        let reply = self.service.client().head_object(request).await;
         let reply = reply.map_err(|status| failed(format!("look up {key}"), status))?;
         Ok(ArtifactMeta { key: key.clone(), size: reply.get_ref().size })
     }
@@ -147,9 +183,9 @@ impl ArtifactStore for RemoteStore {
     }
 
     async fn delete(&self, key: &ArtifactKey) -> Result<(), ArtifactError> {
-        let mut request = self.0.request(DeleteObjectRequest { key: key.to_string() });
+        let mut request = self.service.request(DeleteObjectRequest { key: key.to_string() });
         request.set_timeout(CALL_TIMEOUT);
-        let reply = self.0.client().delete_object(request).await;
+        let reply = self.service.client().delete_object(request).await;
         reply.map(drop).map_err(|status| failed(format!("delete {key}"), status))
     }
 

@@ -12,7 +12,7 @@ use futures::{StreamExt as _, stream};
 use reqwest::{Client, Response, StatusCode, Url, header, redirect};
 use runner_core::https::{HttpsPolicy, HttpsUrl};
 
-use super::{StagingError, StagingErrorKind, error::About, source::Opened};
+use super::{StagingError, StagingErrorKind, error::About, roots::roots, source::Opened};
 
 /// Opens what a URL names.
 pub(super) async fn open(
@@ -143,7 +143,9 @@ fn client(policy: &HttpsPolicy, url: &HttpsUrl, addresses: &[SocketAddr]) -> req
         .read_timeout(policy.stall_timeout)
         .timeout(policy.timeout)
         .resolve_to_addrs(url.host(), addresses);
-    if let Some(pem) = &policy.ca_pem {
+    if policy.bundled_roots {
+        builder = builder.tls_certs_only(roots(policy.ca_pem.as_deref())?);
+    } else if let Some(pem) = &policy.ca_pem {
         builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(pem.as_bytes())?);
     }
     builder.build()

@@ -20,6 +20,7 @@ mod output;
 mod plan;
 mod publish;
 mod root;
+mod roots;
 mod select;
 mod source;
 mod transfer;
@@ -34,6 +35,9 @@ pub use self::{
     publish::{OutputPublishing, Published, publish_outputs, read_manifest},
     root::Root,
 };
+
+#[cfg(feature = "pod")]
+pub(crate) use self::roots::roots;
 
 use runner_core::https::HttpsPolicy;
 use serde::{Deserialize, Serialize};
@@ -57,8 +61,8 @@ pub struct StagingLimits {
     pub parallel: usize,
     /// How many times its own size, and 64 MiB, an archive may unpack to.
     pub archive_ratio: u64,
-    /// Inputs by `https`. Not told to agents in pods, which fetch none.
-    #[serde(skip)]
+    /// Inputs by `https`.
+    #[serde(default)]
     pub https: HttpsPolicy,
 }
 

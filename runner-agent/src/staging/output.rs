@@ -4,14 +4,14 @@ use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
     fs::File,
-    io::{self, Read as _},
+    io::{self, Read as _, Seek as _},
     os::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
-        unix::fs::MetadataExt as _,
+        unix::fs::{FileExt as _, MetadataExt as _},
     },
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -19,7 +19,9 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use runner_core::{
-    artifact::{ArtifactError, ArtifactErrorKind, ArtifactKey, ByteStream, EntryKind, ManifestEntry},
+    artifact::{
+        ArtifactError, ArtifactErrorKind, ArtifactKey, ByteStream, EntryKind, KnownObject, ManifestEntry,
+    },
     backend::{Direction, Progress, ProgressSink},
     crash,
     spec::Output,
@@ -282,16 +284,9 @@ impl<'a> OneOutput<'a> {
         let result = match first {
             Err(error) => Err(error),
             Ok(first) if first.len() < CHUNK => self.job.artifacts.put_bytes(&key, first).await,
-            Ok(first) => {
-                let rest = stream::try_unfold(Arc::clone(&reader), |reader| async move {
-                    let chunk = read_chunk(&reader, false).await?;
-                    Ok((!chunk.is_empty()).then_some((chunk, reader)))
-                });
-                let bytes: ByteStream = stream::iter([Ok(first)]).chain(rest).boxed();
-                self.job.artifacts.put(&key, bytes).await.map(drop)
-            }
+            Ok(first) => self.store_large(&key, &reader, first).await,
         };
-        let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = lock(&reader);
         // Why the stream failed is told better by who read the file than by who was to store it.
         if let Some(failed) = reader.failed.take() {
             return Err(failed);
@@ -312,6 +307,34 @@ impl<'a> OneOutput<'a> {
             mode,
             key: Some(key),
         })
+    }
+
+    /// Stores a file of which this is the first chunk: read twice where that is better, else once.
+    async fn store_large(
+        &self,
+        key: &ArtifactKey,
+        reader: &Arc<Mutex<Reader>>,
+        first: Bytes,
+    ) -> Result<(), ArtifactError> {
+        let artifacts = self.job.artifacts;
+        let length = lock(reader).file.metadata().map_or(0, |metadata| metadata.len());
+        if artifacts.prefers_known(length) {
+            let mut chunk = first;
+            while !chunk.is_empty() {
+                chunk = read_chunk(reader, false).await?;
+            }
+            let known = lock(reader).known();
+            let known = known.map_err(|error| {
+                ArtifactError::with_source(ArtifactErrorKind::Other, format!("read {key} again"), error)
+            })?;
+            if artifacts.put_known(key, &known).await? {
+                return Ok(());
+            }
+            lock(reader).rewind()?;
+            return artifacts.put(key, rest(reader)).await.map(drop);
+        }
+        let bytes: ByteStream = stream::iter([Ok(first)]).chain(rest(reader)).boxed();
+        artifacts.put(key, bytes).await.map(drop)
     }
 
     fn walk_error(&self, error: WalkError) -> StagingError {
@@ -439,14 +462,72 @@ struct Reader {
 /// The next chunk; a short one means the end. On failure, the reader knows why.
 async fn read_chunk(reader: &Arc<Mutex<Reader>>, first: bool) -> Result<Bytes, ArtifactError> {
     let reader = Arc::clone(reader);
-    let work = move || reader.lock().unwrap_or_else(PoisonError::into_inner).read(first);
+    let work = move || lock(&reader).read(first);
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(stopped) => Err(ArtifactError::with_source(ArtifactErrorKind::Other, "read an output", stopped)),
     }
 }
 
+fn lock(reader: &Arc<Mutex<Reader>>) -> MutexGuard<'_, Reader> {
+    reader.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What was not read yet.
+fn rest(reader: &Arc<Mutex<Reader>>) -> ByteStream {
+    stream::try_unfold(Arc::clone(reader), |reader| async move {
+        let chunk = read_chunk(&reader, false).await?;
+        Ok((!chunk.is_empty()).then_some((chunk, reader)))
+    })
+    .boxed()
+}
+
+/// So many bytes of a file from its beginning, neither hashed nor counted.
+fn again(file: Arc<File>, size: u64) -> ByteStream {
+    stream::try_unfold((file, 0), move |(file, at)| async move {
+        if at >= size {
+            return Ok(None);
+        }
+        let most = usize::try_from(size - at).map_or(CHUNK, |left| left.min(CHUNK));
+        let reading = Arc::clone(&file);
+        let read = move || -> io::Result<Bytes> {
+            let mut chunk = vec![0; most];
+            reading.read_exact_at(&mut chunk, at)?;
+            Ok(chunk.into())
+        };
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
+            ArtifactError::with_source(ArtifactErrorKind::Other, "read an output again", source)
+        };
+        let chunk = tokio::task::spawn_blocking(read).await.map_err(|stopped| failed(stopped.into()))?;
+        let chunk = chunk.map_err(|error| failed(error.into()))?;
+        let next = at + chunk.len() as u64;
+        Ok(Some((chunk, (file, next))))
+    })
+    .boxed()
+}
+
 impl Reader {
+    /// What was read, which was all of it.
+    fn known(&self) -> io::Result<KnownObject> {
+        let (file, size) = (Arc::new(self.file.try_clone()?), self.size);
+        let sha256 = hex::encode(self.hasher.clone().finalize());
+        Ok(KnownObject { size, sha256, open: Arc::new(move || again(Arc::clone(&file), size)) })
+    }
+
+    /// As if nothing had been read yet.
+    fn rewind(&mut self) -> Result<(), ArtifactError> {
+        if let Err(error) = self.file.rewind() {
+            let error = self.about.local(format!("read {}", shown(&self.path)), error);
+            let told = ArtifactError::new(ArtifactErrorKind::Other, error.to_string());
+            self.failed = Some(error);
+            return Err(told);
+        }
+        self.used.fetch_sub(self.size, Ordering::Relaxed);
+        self.size = 0;
+        self.hasher = Sha256::new();
+        Ok(())
+    }
+
     fn read(&mut self, first: bool) -> Result<Bytes, ArtifactError> {
         self.try_read(first).map_err(|error| {
             let told = ArtifactError::new(ArtifactErrorKind::Other, error.to_string());

@@ -47,6 +47,8 @@ use self::{
 };
 
 const MIB: u64 = 1024 * 1024;
+/// The largest object that S3 takes in one request, in bytes.
+const LARGEST_PUT: u64 = 5 << 30;
 
 /// How transfers are done. The defaults suit one service on one machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -283,19 +285,20 @@ impl ArtifactStore for ObjectArtifacts {
         let Some((dialect, signer)) = &self.inner.signer else { return Ok(None) };
         let (method, headers) = match access {
             DirectAccess::Read => (Method::GET, Vec::new()),
-            DirectAccess::Create { sha256: Some(sha256), .. } if *dialect == Dialect::S3 => {
+            DirectAccess::Store { size, sha256: Some(sha256), only_new }
+                if *dialect == Dialect::S3 && *size <= LARGEST_PUT =>
+            {
                 let Ok(digest) = hex::decode(sha256) else { return Ok(None) };
+                // The digest binds the size, too; a length of its own is nothing that `object_store` signs.
                 let digest = base64::prelude::BASE64_STANDARD.encode(digest);
-                (
-                    Method::PUT,
-                    vec![
-                        ("if-none-match".to_owned(), "*".to_owned()),
-                        ("x-amz-checksum-sha256".to_owned(), digest),
-                    ],
-                )
+                let mut headers = vec![("x-amz-checksum-sha256".to_owned(), digest)];
+                if *only_new {
+                    headers.push(("if-none-match".to_owned(), "*".to_owned()));
+                }
+                (Method::PUT, headers)
             }
             // What would be stored could not be held to what was promised.
-            DirectAccess::Create { .. } => return Ok(None),
+            DirectAccess::Store { .. } => return Ok(None),
         };
         let mut options = SignedUrlOptions::new();
         for (name, value) in &headers {

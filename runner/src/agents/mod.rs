@@ -8,13 +8,14 @@ mod objects;
 pub mod scope;
 mod talk;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use axum::Router;
 use futures::{StreamExt as _, stream::BoxStream};
 use runner_core::{
     agent::{AgentHub, AgentOrder, StagingReport},
+    artifact::ArtifactStore,
     id::AttemptId,
     service::RunService,
     task::{TaskKind, spawn},
@@ -25,6 +26,8 @@ use runner_proto::agent::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming, service::Routes};
+
+use crate::metrics::Metrics;
 
 /// Largest message of an agent. One of a log's stretches has half a mebibyte.
 const MAX_MESSAGE_BYTES: usize = 4 << 20;
@@ -55,8 +58,23 @@ pub struct Agents {
     pub hub: Arc<AgentHub>,
     /// Whose token is still worth something.
     pub live: Arc<dyn LiveAttempts>,
+    /// Where agents may move objects past the service. `None`: nowhere.
+    pub direct: Option<Direct>,
+    /// What is measured.
+    pub metrics: Arc<Metrics>,
     /// Cancelled: channels end, and agents dial again.
     pub draining: CancellationToken,
+}
+
+/// How agents move objects past the service.
+#[derive(Debug)]
+pub struct Direct {
+    /// Signs requests to the store that are good where agents are.
+    pub store: Arc<dyn ArtifactStore>,
+    /// How long a request may be begun.
+    pub lifetime: Duration,
+    /// Certificates to trust there beside the public authorities, as PEM. Empty: none.
+    pub ca_pem: String,
 }
 
 /// The routes of the surface.
@@ -112,7 +130,11 @@ impl Agent for Agents {
             tracing::warn!(attempt = %attempt.attempt, pod, "a second pod would execute an attempt");
             return Err(Status::failed_precondition("another pod executes this attempt"));
         }
-        Ok(Response::new(wire::DescribeReply { order }))
+        let (direct, direct_ca) = match &self.direct {
+            Some(direct) => (true, direct.ca_pem.clone()),
+            None => (false, String::new()),
+        };
+        Ok(Response::new(wire::DescribeReply { order, direct, direct_ca }))
     }
 
     async fn report(
@@ -181,7 +203,7 @@ impl Agent for Agents {
         let wire::ReadObjectRequest { key, from, to } = request.into_inner();
         let key = objects::readable(&order.attempt, &key).await?;
         let (meta, bytes) = order.attempt.artifacts.get(&key, from..to).await.map_err(objects::failed)?;
-        Ok(Response::new(objects::reading(meta.size, bytes)))
+        Ok(Response::new(objects::reading(meta.size, bytes, Arc::clone(&self.metrics))))
     }
 
     async fn write_object(
@@ -189,7 +211,7 @@ impl Agent for Agents {
         request: Request<Streaming<wire::WriteObjectRequest>>,
     ) -> Result<Response<wire::WriteObjectReply>, Status> {
         let order = self.order(&request).await?;
-        let size = objects::write(&order.attempt, request.into_inner()).await?;
+        let size = objects::write(&order.attempt, request.into_inner(), Arc::clone(&self.metrics)).await?;
         Ok(Response::new(wire::WriteObjectReply { size }))
     }
 
@@ -201,6 +223,19 @@ impl Agent for Agents {
         let key = objects::writable(&order.attempt, &request.get_ref().key)?;
         order.attempt.artifacts.delete(&key).await.map_err(objects::failed)?;
         Ok(Response::new(wire::DeleteObjectReply {}))
+    }
+
+    async fn sign_object(
+        &self,
+        request: Request<wire::SignObjectRequest>,
+    ) -> Result<Response<wire::SignObjectReply>, Status> {
+        let order = self.order(&request).await?;
+        let Some(direct) = &self.direct else { return Ok(Response::new(wire::SignObjectReply::default())) };
+        let reply = objects::sign(&order.attempt, direct, request.get_ref()).await?;
+        if !reply.url.is_empty() {
+            self.metrics.agent_url(if request.get_ref().upload.is_some() { "PUT" } else { "GET" });
+        }
+        Ok(Response::new(reply))
     }
 }
 

@@ -1,16 +1,24 @@
 //! Objects, between an agent and the store. Bytes stream through; memory does not grow with an object's size.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use futures::{StreamExt as _, stream, stream::BoxStream};
 use runner_core::{
-    artifact::{ArtifactError, ArtifactErrorKind, ArtifactKey, ByteStream, MANIFEST_NAME},
+    artifact::{
+        ArtifactError, ArtifactErrorKind, ArtifactKey, ByteStream, DirectAccess, DirectRequest, MANIFEST_NAME,
+    },
     backend::AttemptContext,
     crash,
 };
 use runner_proto::agent as wire;
 use tonic::{Code, Status, Streaming};
 
-use super::scope::{self, Readable};
+use super::{
+    Direct,
+    scope::{self, Readable},
+};
+use crate::metrics::Metrics;
 
 /// Bytes of one message.
 const PIECE: usize = 256 * 1024;
@@ -65,11 +73,12 @@ pub(super) fn writable(attempt: &AttemptContext, key: &str) -> Result<ArtifactKe
 }
 
 /// The messages of an object that is read.
-pub(super) fn reading(size: u64, bytes: ByteStream) -> Reading {
+pub(super) fn reading(size: u64, bytes: ByteStream, metrics: Arc<Metrics>) -> Reading {
     let first = wire::ReadObjectReply { size: Some(size), bytes: Bytes::new() };
-    let rest = bytes.flat_map(|chunk| {
+    let rest = bytes.flat_map(move |chunk| {
         let pieces: Vec<_> = match chunk {
             Ok(mut chunk) => {
+                metrics.agent_bytes("out", chunk.len() as u64);
                 let mut pieces = Vec::new();
                 while !chunk.is_empty() {
                     let bytes = chunk.split_to(chunk.len().min(PIECE));
@@ -84,15 +93,39 @@ pub(super) fn reading(size: u64, bytes: ByteStream) -> Reading {
     stream::iter([Ok(first)]).chain(rest).boxed()
 }
 
+/// A request to the store itself. Without a URL where the store permits none such.
+pub(super) async fn sign(
+    attempt: &AttemptContext,
+    direct: &Direct,
+    wire::SignObjectRequest { key, upload }: &wire::SignObjectRequest,
+) -> Result<wire::SignObjectReply, Status> {
+    let (key, access) = match upload {
+        None => (readable(attempt, key).await?, DirectAccess::Read),
+        Some(wire::Upload { size, sha256 }) => {
+            if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+                return Err(Status::invalid_argument("not a SHA-256 in lower-case hex"));
+            }
+            let sha256 = Some(sha256.clone());
+            // What an interrupted publishing left is replaced.
+            (writable(attempt, key)?, DirectAccess::Store { size: *size, sha256, only_new: false })
+        }
+    };
+    let signed = direct.store.direct(&key, &access, direct.lifetime).await.map_err(failed)?;
+    Ok(signed.map_or_else(wire::SignObjectReply::default, |DirectRequest { url, headers }| {
+        wire::SignObjectReply { url, headers: headers.into_iter().collect() }
+    }))
+}
+
 /// Stores an object. Nothing is stored where the stream ends before it says that it is whole.
 pub(super) async fn write(
     attempt: &AttemptContext,
     mut pieces: Streaming<wire::WriteObjectRequest>,
+    metrics: Arc<Metrics>,
 ) -> Result<u64, Status> {
     let first = pieces.message().await?.ok_or_else(|| Status::invalid_argument("nothing was sent"))?;
     let key = writable(attempt, &first.key)?;
-    let state = (Some(first), pieces, false);
-    let bytes = stream::unfold(state, |(ahead, mut pieces, over)| async move {
+    let state = (Some(first), pieces, false, metrics);
+    let bytes = stream::unfold(state, |(ahead, mut pieces, over, metrics)| async move {
         if over {
             return None;
         }
@@ -104,9 +137,12 @@ pub(super) async fn write(
             Err(ArtifactError::new(ArtifactErrorKind::Unavailable, format!("the agent was cut off: {why}")))
         };
         Some(match piece {
-            Ok(Some(wire::WriteObjectRequest { bytes, last, .. })) => (Ok(bytes), (None, pieces, last)),
-            Ok(None) => (cut_off("the object is not whole".to_owned()), (None, pieces, true)),
-            Err(status) => (cut_off(status.message().to_owned()), (None, pieces, true)),
+            Ok(Some(wire::WriteObjectRequest { bytes, last, .. })) => {
+                metrics.agent_bytes("in", bytes.len() as u64);
+                (Ok(bytes), (None, pieces, last, metrics))
+            }
+            Ok(None) => (cut_off("the object is not whole".to_owned()), (None, pieces, true, metrics)),
+            Err(status) => (cut_off(status.message().to_owned()), (None, pieces, true, metrics)),
         })
     });
     let size = attempt.artifacts.put(&key, bytes.boxed()).await.map_err(failed)?;

@@ -61,6 +61,7 @@ impl Default for InputsConfig {
             stall_timeout,
             timeout,
             ca_pem: _,
+            bundled_roots: _,
         } = HttpsPolicy::default();
         Self {
             max_bytes: ByteSize(input_bytes),
@@ -146,6 +147,7 @@ impl InputsConfig {
             stall_timeout: https.stall_timeout.0,
             timeout: https.timeout.0,
             ca_pem: self.read_ca().unwrap_or_default(),
+            bundled_roots: false,
         }
     }
 

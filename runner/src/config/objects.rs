@@ -1,6 +1,6 @@
 //! The part `object_store`: where artifacts and logs are kept, and what moving them may cost.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use runner_artifacts::object::{RunTuning, StoreOptions, Tuning, check_url};
 use runner_core::service::Options;
@@ -34,6 +34,18 @@ pub struct ObjectStoreConfig {
     /// Whether callers get URLs of the store itself where it can sign them. They must be able to reach it. Otherwise the bytes go
     /// through the service.
     pub direct_urls: bool,
+    /// Whether agents in pods read and store objects at the store itself, by requests that the service signs, where the store can:
+    /// for reading S3, Google and Azure, for storing S3. Pods must be able to reach it. Otherwise the bytes go through the service.
+    pub agent_urls: bool,
+    /// Where the bucket's store answers pods, where that is another address than `endpoint`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(example = &"https://s3.storage.svc:9000")]
+    pub agent_endpoint: Option<String>,
+    /// Certificates that agents trust beside the public authorities where they reach the store by https: a file of PEM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_ca_file: Option<PathBuf>,
+    /// How long a request that is signed for an agent may be begun.
+    pub agent_url_lifetime: Span,
     /// Requests to the store at once that the service itself drives.
     pub connections: u32,
     /// Uploads in parts at once. Each may hold one part, of 8 MiB at first, in memory.
@@ -76,6 +88,10 @@ impl Default for ObjectStoreConfig {
             credentials_file: None,
             settings: BTreeMap::new(),
             direct_urls: false,
+            agent_urls: false,
+            agent_endpoint: None,
+            agent_ca_file: None,
+            agent_url_lifetime: Span::secs(15 * 60),
             connections: number(tuning.connections),
             uploads: number(tuning.uploads),
             parallel: number(tuning.parallel),
@@ -124,6 +140,26 @@ impl ObjectStoreConfig {
         }
     }
 
+    /// How the store is opened whose requests are signed for agents. `None`: it is the same one.
+    pub fn agent_options(&self) -> Option<StoreOptions> {
+        let endpoint = self.agent_endpoint.clone()?;
+        Some(StoreOptions { endpoint: Some(endpoint), ..self.options() })
+    }
+
+    /// What agents trust beside the public authorities, as PEM. Empty: nothing.
+    ///
+    /// # Errors
+    /// Where `agent_ca_file` cannot be read, or has no certificate.
+    pub fn agent_ca(&self) -> Result<String, String> {
+        let Some(path) = &self.agent_ca_file else { return Ok(String::new()) };
+        let pem = fs::read_to_string(path).map_err(|error| format!("read {}: {error}", path.display()))?;
+        if pem.contains("-----BEGIN CERTIFICATE-----") {
+            Ok(pem)
+        } else {
+            Err(format!("{} has no certificate in it", path.display()))
+        }
+    }
+
     /// What does not fit: (key, what is wrong).
     pub(super) fn faults(&self) -> Vec<(String, String)> {
         let mut faults = Vec::new();
@@ -148,9 +184,55 @@ impl ObjectStoreConfig {
                 faults.push((key.to_owned(), format!("must be from 1 to {most}")));
             }
         }
+        if self.agent_endpoint.is_some() {
+            match (&self.url, self.agent_options()) {
+                (Some(url), Some(options)) if url.contains("://") => {
+                    if let Err(why) = check_url(url, &options) {
+                        faults.push(("agent_endpoint".to_owned(), why));
+                    }
+                }
+                _ => faults
+                    .push(("agent_endpoint".to_owned(), "is of no use without a bucket in `url`".to_owned())),
+            }
+        }
+        if let Err(why) = self.agent_ca() {
+            faults.push(("agent_ca_file".to_owned(), why));
+        }
+        if self.agent_url_lifetime < Span::secs(60) || self.agent_url_lifetime > Span::secs(12 * 3600) {
+            faults.push(("agent_url_lifetime".to_owned(), "must be from 1 min to 12 h".to_owned()));
+        }
         if self.stall_timeout < Span::secs(1) || self.stall_timeout > Span::secs(3600) {
             faults.push(("stall_timeout".to_owned(), "must be from 1 s to 1 h".to_owned()));
         }
         faults
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(config: &ObjectStoreConfig) -> Vec<String> {
+        config.faults().into_iter().map(|(key, _)| key).collect()
+    }
+
+    #[test]
+    fn what_agents_are_told_of_the_store_must_fit_it() {
+        assert_eq!(keys(&ObjectStoreConfig::default()), [""; 0]);
+        let bucket = ObjectStoreConfig {
+            url: Some("s3://bucket".to_owned()),
+            agent_endpoint: Some("https://s3.storage.svc:9000".to_owned()),
+            ..ObjectStoreConfig::default()
+        };
+        assert_eq!(keys(&bucket), [""; 0]);
+        assert_eq!(bucket.agent_options().unwrap().endpoint, bucket.agent_endpoint);
+        assert_eq!(keys(&ObjectStoreConfig { url: None, ..bucket.clone() }), ["agent_endpoint"]);
+        let bad = ObjectStoreConfig {
+            agent_endpoint: Some("http://plain:9000".to_owned()),
+            agent_ca_file: Some("/nowhere/ca.pem".into()),
+            agent_url_lifetime: Span::secs(1),
+            ..bucket
+        };
+        assert_eq!(keys(&bad), ["agent_endpoint", "agent_ca_file", "agent_url_lifetime"]);
     }
 }

@@ -60,14 +60,14 @@ impl Api {
         };
         let method = match &access {
             DirectAccess::Read => BlobMethod::Get,
-            DirectAccess::Create { .. } => BlobMethod::Put,
+            DirectAccess::Store { .. } => BlobMethod::Put,
         };
         let (url, headers) = match (direct, &access) {
             (Some(direct), _) => (direct.url, direct.headers.into_iter().collect()),
             (None, DirectAccess::Read) => {
                 (self.signer.mint(method, key, lifetime, None, None), HashMap::new())
             }
-            (None, DirectAccess::Create { size, sha256 }) => {
+            (None, DirectAccess::Store { size, sha256, .. }) => {
                 (self.signer.mint(method, key, lifetime, Some(*size), sha256.as_deref()), HashMap::new())
             }
         };
@@ -245,7 +245,10 @@ impl Artifacts for Api {
             }
         }
         let url = self
-            .sign(&key, DirectAccess::Create { size: request.size, sha256: sha256.map(str::to_owned) })
+            .sign(
+                &key,
+                DirectAccess::Store { size: request.size, sha256: sha256.map(str::to_owned), only_new: true },
+            )
             .await?;
         Ok(Response::new(v1::CreateUploadResponse {
             upload_id: upload.to_string(),

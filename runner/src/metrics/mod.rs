@@ -78,6 +78,10 @@ pub mod name {
     pub const CONNECTIONS: (&str, &str) = ("runner_connections", "Open connections, by listener");
     pub const BLOB_REQUESTS: (&str, &str) = ("runner_blob_requests", "Requests of the blob endpoint");
     pub const BLOB_BYTES: (&str, &str) = ("runner_blob", "Bytes that went through the blob endpoint");
+    pub const AGENT_BYTES: (&str, &str) =
+        ("runner_agent_objects", "Bytes of objects that agents read or stored by way of this service");
+    pub const AGENT_URLS: (&str, &str) =
+        ("runner_agent_urls", "Requests to the object store that were signed for agents, by method");
     pub const BUILD_INFO: (&str, &str) = ("runner_build", "Which version this is; always 1");
 }
 
@@ -140,6 +144,11 @@ struct ByDirection {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByMethod {
+    method: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByAction {
     action: &'static str,
 }
@@ -191,6 +200,8 @@ pub struct Metrics {
     connections: Family<ByListener, Gauge<i64, AtomicI64>>,
     blob_requests: CountBy<ByRequest>,
     blob_bytes: CountBy<ByDirection>,
+    agent_bytes: CountBy<ByDirection>,
+    agent_urls: CountBy<ByMethod>,
 }
 
 impl Metrics {
@@ -222,6 +233,8 @@ impl Metrics {
             connections: Family::default(),
             blob_requests: Family::default(),
             blob_bytes: Family::default(),
+            agent_bytes: Family::default(),
+            agent_urls: Family::default(),
         };
         let to = &mut metrics.registry;
         to.register(name::RUNS_ACCEPTED.0, name::RUNS_ACCEPTED.1, metrics.accepted.clone());
@@ -248,6 +261,9 @@ impl Metrics {
         to.register(name::QUARANTINED.0, name::QUARANTINED.1, metrics.quarantined.clone());
         to.register(name::CONNECTIONS.0, name::CONNECTIONS.1, metrics.connections.clone());
         to.register(name::BLOB_REQUESTS.0, name::BLOB_REQUESTS.1, metrics.blob_requests.clone());
+        to.register(name::AGENT_URLS.0, name::AGENT_URLS.1, metrics.agent_urls.clone());
+        let (name, help) = name::AGENT_BYTES;
+        to.register_with_unit(name, help, Unit::Bytes, metrics.agent_bytes.clone());
         let (name, help) = name::RUN_DURATION;
         to.register_with_unit(name, help, Unit::Seconds, metrics.run_duration.clone());
         let (name, help) = name::PHASE_DURATION;
@@ -285,6 +301,16 @@ impl Metrics {
     /// Bytes came (`in`) or went (`out`) through the blob endpoint.
     pub fn blob_bytes(&self, direction: &'static str, bytes: u64) {
         self.blob_bytes.get_or_create(&ByDirection { direction }).inc_by(bytes);
+    }
+
+    /// Bytes of objects came (`in`) from agents or went (`out`) to them.
+    pub fn agent_bytes(&self, direction: &'static str, bytes: u64) {
+        self.agent_bytes.get_or_create(&ByDirection { direction }).inc_by(bytes);
+    }
+
+    /// A request to the object store was signed for an agent.
+    pub fn agent_url(&self, method: &'static str) {
+        self.agent_urls.get_or_create(&ByMethod { method }).inc();
     }
 }
 
@@ -446,6 +472,8 @@ mod tests {
         metrics.connections("api", 1);
         metrics.blob_request("GET", 200);
         metrics.blob_bytes("out", 9);
+        metrics.agent_bytes("in", 3);
+        metrics.agent_url("PUT");
         let text = metrics.render();
         for line in [
             r#"runner_runs_accepted_total{backend="local"} 1"#,
@@ -478,6 +506,8 @@ mod tests {
             r#"runner_connections{listener="api"} 1"#,
             r#"runner_blob_requests_total{method="GET",status="200"} 1"#,
             r#"runner_blob_bytes_total{direction="out"} 9"#,
+            r#"runner_agent_objects_bytes_total{direction="in"} 3"#,
+            r#"runner_agent_urls_total{method="PUT"} 1"#,
             "runner_build_info{version=",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");

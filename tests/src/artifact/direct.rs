@@ -60,7 +60,7 @@ pub async fn a_direct_upload_stores_exactly_what_was_promised_and_once<P: Artifa
     let store = place.open();
     let (at, bytes) = (key("u/x"), pattern(50_000));
     let sha256 = Some(hex(&Sha256::digest(&bytes)));
-    let access = DirectAccess::Create { size: 50_000, sha256 };
+    let access = DirectAccess::Store { size: 50_000, sha256, only_new: true };
     let request = store.direct(&at, &access, MINUTE).await.unwrap();
     assert_eq!(request.is_some(), P::DIRECT_CREATE, "what the place says of itself");
     let Some(request) = request else { return };
@@ -72,8 +72,34 @@ pub async fn a_direct_upload_stores_exactly_what_was_promised_and_once<P: Artifa
     assert_eq!(send("PUT", &request, bytes.clone()).await.0, 200);
     assert_eq!(read(&*store, &at, 0..u64::MAX).await.unwrap().1, bytes);
     assert_eq!(send("PUT", &request, bytes.clone()).await.0, 412, "a second time");
-    let unpromised = DirectAccess::Create { size: 50_000, sha256: None };
+    let unpromised = DirectAccess::Store { size: 50_000, sha256: None, only_new: true };
     assert_eq!(store.direct(&key("u/y"), &unpromised, MINUTE).await.unwrap(), None);
+}
+
+pub async fn a_direct_upload_may_replace_but_only_with_what_was_promised<P: ArtifactPlace>(place: &P) {
+    let store = place.open();
+    let (at, bytes) = (key("u/x"), pattern(50_000));
+    store.put_bytes(&at, pattern(10)).await.unwrap();
+    let sha256 = Some(hex(&Sha256::digest(&bytes)));
+    let access = DirectAccess::Store { size: 50_000, sha256, only_new: false };
+    let request = store.direct(&at, &access, MINUTE).await.unwrap();
+    assert_eq!(request.is_some(), P::DIRECT_CREATE, "what the place says of itself");
+    let Some(request) = request else { return };
+    let mut others = bytes.to_vec();
+    others[7] ^= 1;
+    for wrong in [pattern(49_999), others.into()] {
+        let status = send("PUT", &request, wrong).await.0;
+        assert!(status >= 400, "other bytes: {status}");
+    }
+    let elsewhere = DirectRequest { url: request.url.replace("u/x", "u/y"), ..request.clone() };
+    assert_eq!(send("PUT", &elsewhere, bytes.clone()).await.0, 403, "another object");
+    assert_eq!(store.head(&at).await.unwrap().size, 10, "what was there is there still");
+    for _ in 0..2 {
+        assert_eq!(send("PUT", &request, bytes.clone()).await.0, 200);
+    }
+    assert_eq!(read(&*store, &at, 0..u64::MAX).await.unwrap().1, bytes);
+    let huge = DirectAccess::Store { size: 6 << 30, sha256: Some("0".repeat(64)), only_new: false };
+    assert_eq!(store.direct(&at, &huge, MINUTE).await.unwrap(), None, "too large for one request");
 }
 
 fn hex(bytes: &[u8]) -> String {

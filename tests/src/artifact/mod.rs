@@ -156,6 +156,7 @@ macro_rules! artifact_cases {
             direct {
                 a_direct_read_yields_the_object_and_nothing_else,
                 a_direct_upload_stores_exactly_what_was_promised_and_once,
+                a_direct_upload_may_replace_but_only_with_what_was_promised,
             }
             keys {
                 unusual_names_come_back_as_they_were,

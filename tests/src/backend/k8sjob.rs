@@ -102,7 +102,13 @@ impl Surface {
             draining: draining.clone(),
             abort: abort.clone(),
         };
-        let surface = Agents { hub: Arc::clone(&hub), live: Arc::new(AllLive), draining: draining.clone() };
+        let surface = Agents {
+            hub: Arc::clone(&hub),
+            live: Arc::new(AllLive),
+            direct: None,
+            metrics: Arc::new(Metrics::new()),
+            draining: draining.clone(),
+        };
         let task = spawn(TaskKind::Loop, "agents", server.serve(listener, agents::router(surface)));
         Self { hub, address, draining, abort, task }
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -113,6 +113,14 @@ impl StoreServer {
     /// # Panics
     /// Where that fails.
     pub fn start(dialect: Dialect) -> Self {
+        Self::start_at(dialect, Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// Starts one, on a free port of this address of the machine; unspecified: of all.
+    ///
+    /// # Panics
+    /// Where that fails.
+    pub fn start_at(dialect: Dialect, at: IpAddr) -> Self {
         let dir = tempfile::tempdir().expect("a directory for the server");
         std::fs::create_dir(dir.path().join("data")).expect("a directory for the data");
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -135,9 +143,11 @@ impl StoreServer {
         }
         let service = service.build();
         // Without waiting on the runtime: the caller may be on one of its own.
-        let listener =
-            std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).expect("a port for the server");
-        let address = listener.local_addr().expect("the server's address");
+        let listener = std::net::TcpListener::bind((at, 0)).expect("a port for the server");
+        let mut address = listener.local_addr().expect("the server's address");
+        if at.is_unspecified() {
+            address.set_ip(Ipv4Addr::LOCALHOST.into());
+        }
         listener.set_nonblocking(true).expect("a listener that does not block");
         let listener = {
             let _on = runtime.enter();
@@ -162,6 +172,11 @@ impl StoreServer {
     /// Where it listens.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// The port of it.
+    pub fn port(&self) -> u16 {
+        self.address.port()
     }
 
     /// How a store is opened on it. Waits are short; the numbers of tries are the real ones.
