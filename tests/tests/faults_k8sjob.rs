@@ -1,6 +1,9 @@
 //! What happens to pods on a real cluster, and what is told of it. What happens to the cluster itself: `outage_k8sjob.rs`.
 
-use std::time::Duration;
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
@@ -188,28 +191,27 @@ async fn a_log_of_300_mb_is_exact() {
 }
 
 /// Far more than an agent's memory goes in and out.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn agents_of_64_mib_move_a_gibibyte_in_and_two_out() {
-    const IN: u64 = 1 << 30;
-    const OUT: u64 = 2 << 30;
-    let bucket = StoreServer::start(Dialect::S3);
-    let settings = bucket.settings("big");
+async fn moved_by_agents_of_64_mib(into: u64, out: u64, past_the_service: bool) {
+    let bucket = StoreServer::start_at(Dialect::S3, Ipv4Addr::UNSPECIFIED.into());
+    let mut settings = bucket.settings("big");
+    settings.push(("RUNNER_OBJECT_STORE__AGENT_URLS", past_the_service.to_string()));
     let settings: Vec<(&str, &str)> = settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let of_backend = ", agent_memory_bytes = 67108864";
     let prepared = Scene::prepare_with(On::K8sJob, of_backend, &settings, "large objects").await;
     let Some(mut scene) = prepared else { return };
-    scene.service.restart(&[]).await;
+    let of_pods = format!("http://{}", SocketAddr::new(scene.cluster().address, bucket.port()));
+    scene.service.restart(&[("RUNNER_OBJECT_STORE__AGENT_ENDPOINT", &of_pods)]).await;
     let client = scene.service.client();
     let key = "uploads/default/zeros/files/a";
-    bucket.bucket().put_zeros(&format!("big/{key}"), IN);
+    bucket.bucket().put_zeros(&format!("big/{key}"), into);
     let input = proto::Input {
         path: "/inputs/a".to_owned(),
         source: Some(proto::input::Source::Uri(format!("artifact:{key}"))),
-        sha256: sha256_of_zeros(IN),
+        sha256: sha256_of_zeros(into),
         ..proto::Input::default()
     };
     // A hole takes no disk, and is read as any other bytes.
-    let script = format!("stat -c %s /inputs/a; truncate -s {OUT} /outputs/a");
+    let script = format!("stat -c %s /inputs/a; truncate -s {out} /outputs/a");
     let run = start(&client, sh(&script).input_spec(input).output("/outputs/a")).await;
     // Longer than any other wait here: three gibibytes are hashed, twice.
     let outcome = eventually_within(Duration::from_secs(900), "the end of the run", async || {
@@ -219,7 +221,30 @@ async fn agents_of_64_mib_move_a_gibibyte_in_and_two_out() {
     let manifest = outcome.outputs.clone().unwrap_or_else(|| panic!("{outcome:?}"));
     assert_eq!(
         (manifest.entries[0].size, manifest.entries[0].sha256.as_str()),
-        (OUT, &*sha256_of_zeros(OUT))
+        (out, &*sha256_of_zeros(out))
     );
+    let metrics = scene.service.ops("/metrics").await.expect("the service tells its metrics");
+    let counted = |direction: &str| {
+        let line = format!("runner_agent_objects_bytes_total{{direction=\"{direction}\"}} ");
+        metrics.lines().find_map(|at| at.strip_prefix(&*line)?.trim().parse::<u64>().ok()).unwrap_or(0)
+    };
+    let (sent, taken) = (counted("out"), counted("in"));
+    if past_the_service {
+        // What is left is the manifest.
+        assert!(sent < 1 << 20 && taken < 1 << 20, "{sent} and {taken} bytes passed the service");
+    } else {
+        assert!(sent >= into && taken >= out, "{sent} and {taken} bytes passed the service");
+    }
+    assert!(!scene.service.log().contains("X-Amz-Signature"), "a signed URL is in the service's log");
     scene.assert_clean(&[&run]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn agents_of_64_mib_move_a_gibibyte_in_and_two_out_past_the_service() {
+    moved_by_agents_of_64_mib(1 << 30, 2 << 30, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn agents_of_64_mib_move_twice_and_four_times_as_much_by_the_service() {
+    moved_by_agents_of_64_mib(128 << 20, 256 << 20, false).await;
 }
