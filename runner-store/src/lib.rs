@@ -1,27 +1,17 @@
-//! The state store on SQLite: what a single machine needs, with nothing to install.
+//! The state store: on SQLite, with nothing to install, or on PostgreSQL.
 //!
-//! - One writer thread; it commits what waits for it together, so that 64 callers share one `fsync`. See [`SqliteStore`].
-//! - A few readers, which never wait for the writer (WAL) and never make it wait.
-//! - The schema carries its version and migrates itself; see `migrations/`.
-//! - A row that does not decode fails verbs about that row, and nothing else.
-//!
-//! Where to start reading: `migrations/0001-runs.sql` for what is stored, `write.rs` for what changes it.
+//! - Both pass the same suite, and answer the same to the same verbs.
+//! - What a verb answered is durable. Writes are committed in groups, so that many callers share one sync.
+//! - A row that does not decode fails verbs about that row, and nothing else. See `row.rs`, which both share.
 
-mod connection;
-mod error;
+mod live;
 mod lock;
-mod migrate;
-mod pairs;
-#[cfg(test)]
-mod plan_tests;
-mod read;
+pub mod postgres;
 mod row;
-mod store;
-mod write;
-mod writer;
+mod sqlite;
 
 pub use self::{
-    error::OpenError,
     lock::{DataDirLock, LockError},
-    store::{SqliteOptions, SqliteStore},
+    postgres::{PostgresError, PostgresOptions, PostgresStore},
+    sqlite::{OpenError, SqliteOptions, SqliteStore},
 };

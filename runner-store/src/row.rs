@@ -9,11 +9,10 @@ use runner_core::{
     shadow::{Pair, PairRecord, Stage, Verdict},
     state::{Position, RunState},
     store::{
-        AttemptRecord, AuditEntry, EndedRun, Inconsistency, RunRecord, StoreError, StoredAudit, StoredEvent,
-        StoredTraffic, Timer, TimerKind,
+        AttemptRecord, AuditEntry, EndedCursor, EndedRun, Inconsistency, RunRecord, StoreError, StoredAudit,
+        StoredEvent, StoredTraffic, Timer, TimerKind,
     },
 };
-use rusqlite::{Row, types::FromSql};
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
@@ -26,44 +25,86 @@ macro_rules! run_columns {
 }
 pub(crate) use run_columns;
 
+/// What [`pair`] decodes, in its order.
+macro_rules! pair_columns {
+    () => {
+        "pn, primary_id, tenant, image, primary_backend, shadow_backend, stage, since, judged, verdict"
+    };
+}
+pub(crate) use pair_columns;
+
+/// A value of another type than the column's. What it is stays in the database.
+#[derive(Debug)]
+pub(crate) struct WrongType;
+
+/// A row of either database. `None`: null.
+pub(crate) trait Columns {
+    fn int(&self, at: usize) -> Result<Option<i64>, WrongType>;
+    fn text(&self, at: usize) -> Result<Option<&str>, WrongType>;
+    fn bytes(&self, at: usize) -> Result<Option<&[u8]>, WrongType>;
+    /// Text of people, which may have any character: a database that cannot store each has it in another form.
+    fn prose(&self, at: usize) -> Result<Option<String>, WrongType>;
+}
+
 /// One row of one table, and the key that an inconsistency names it by.
-struct Source<'a, 'stmt> {
-    row: &'a Row<'stmt>,
+struct Source<'a, R> {
+    row: &'a R,
     table: &'static str,
     key: String,
 }
 
-impl Source<'_, '_> {
+impl<R: Columns> Source<'_, R> {
     fn wrong(&self, column: &'static str, detail: impl Into<String>) -> Inconsistency {
         Inconsistency { table: self.table, column, key: self.key.clone(), detail: detail.into() }
     }
 
-    fn get<T: FromSql>(&self, at: usize, column: &'static str) -> Result<T, Inconsistency> {
-        // The error would quote the value's type or text; the column is enough.
-        self.row.get(at).map_err(|_| self.wrong(column, "is of a wrong type"))
+    fn checked<T>(&self, value: Result<T, WrongType>, column: &'static str) -> Result<T, Inconsistency> {
+        value.map_err(|WrongType| self.wrong(column, "is of a wrong type"))
+    }
+
+    /// A value that the column must have.
+    fn must<T>(&self, value: Result<Option<T>, WrongType>, column: &'static str) -> Result<T, Inconsistency> {
+        self.checked(value, column)?.ok_or_else(|| self.wrong(column, "is missing"))
+    }
+
+    fn text(&self, at: usize, column: &'static str) -> Result<&str, Inconsistency> {
+        self.must(self.row.text(at), column)
+    }
+
+    fn prose(&self, at: usize, column: &'static str) -> Result<String, Inconsistency> {
+        self.must(self.row.prose(at), column)
     }
 
     fn parse<T: FromStr>(&self, at: usize, column: &'static str) -> Result<T, Inconsistency> {
-        let text: String = self.get(at, column)?;
-        text.parse().map_err(|_| self.wrong(column, "is not a valid name"))
+        self.text(at, column)?.parse().map_err(|_| self.wrong(column, "is not a valid name"))
     }
 
     fn number<T: TryFrom<i64>>(&self, at: usize, column: &'static str) -> Result<T, Inconsistency> {
-        let number: i64 = self.get(at, column)?;
+        let number = self.must(self.row.int(at), column)?;
         number.try_into().map_err(|_| self.wrong(column, "is out of range"))
     }
 
     fn time(&self, at: usize, column: &'static str) -> Result<Option<Timestamp>, Inconsistency> {
-        Ok(self.get::<Option<i64>>(at, column)?.map(Timestamp::from_micros))
+        Ok(self.checked(self.row.int(at), column)?.map(Timestamp::from_micros))
+    }
+
+    fn must_time(&self, at: usize, column: &'static str) -> Result<Timestamp, Inconsistency> {
+        self.must(self.row.int(at), column).map(Timestamp::from_micros)
     }
 
     fn json<T: DeserializeOwned>(&self, at: usize, column: &'static str) -> Result<Option<T>, Inconsistency> {
-        let value = self.row.get_ref(at).map_err(|_| self.wrong(column, "is of a wrong type"))?;
-        let Some(text) = value.as_str_or_null().map_err(|_| self.wrong(column, "is of a wrong type"))? else {
-            return Ok(None);
-        };
+        let Some(text) = self.checked(self.row.text(at), column)? else { return Ok(None) };
         serde_json::from_str(text).map(Some).map_err(|error| self.wrong(column, json_fault(&error)))
     }
+
+    fn must_json<T: DeserializeOwned>(&self, at: usize, column: &'static str) -> Result<T, Inconsistency> {
+        self.json(at, column)?.ok_or_else(|| self.wrong(column, "is missing"))
+    }
+}
+
+/// The number that names a row in a message, where it has one.
+fn named(row: &impl Columns, at: usize) -> i64 {
+    row.int(at).ok().flatten().unwrap_or(-1)
 }
 
 /// Where and what kind; serde's own message may quote the value.
@@ -78,40 +119,54 @@ pub(crate) fn to_json<T: Serialize>(value: &T) -> Result<String, StoreError> {
 }
 
 /// A row of `read::ENDED`.
-pub(crate) fn ended(row: &Row<'_>) -> Result<EndedRun, Inconsistency> {
-    let mut source = Source { row, table: "runs", key: String::new() };
-    let id = RunId::new(Uuid::from_bytes(source.get(0, "id")?));
-    source.key = id.to_string();
-    let ended = Timestamp::from_micros(source.get(2, "ended")?);
-    Ok(EndedRun { id, tenant: source.parse(1, "tenant")?, ended })
+pub(crate) fn ended(row: &impl Columns) -> Result<EndedRun, Inconsistency> {
+    let id = run_id(row, 0, "runs")?;
+    let src = Source { row, table: "runs", key: id.to_string() };
+    Ok(EndedRun { id, tenant: src.parse(1, "tenant")?, ended: src.must_time(2, "ended")? })
+}
+
+/// Decodes `id, ended` of `sweeps`.
+pub(crate) fn swept(row: &impl Columns) -> Result<EndedCursor, Inconsistency> {
+    let id = run_id(row, 0, "sweeps")?;
+    let src = Source { row, table: "sweeps", key: id.to_string() };
+    Ok(EndedCursor { ended: src.must_time(1, "ended")?, id })
+}
+
+/// Says that a listing goes on without a row.
+pub(crate) fn left_out(inconsistency: &Inconsistency) {
+    tracing::warn!(
+        table = inconsistency.table,
+        column = inconsistency.column,
+        key = inconsistency.key,
+        detail = inconsistency.detail,
+        "left a row out of a listing"
+    );
 }
 
 /// Decodes `version, state` of `traffic`.
-pub(crate) fn traffic(row: &Row<'_>) -> Result<StoredTraffic, Inconsistency> {
+pub(crate) fn traffic(row: &impl Columns) -> Result<StoredTraffic, Inconsistency> {
     let src = Source { row, table: "traffic", key: "1".to_owned() };
-    let traffic = src.json(1, "state")?.ok_or_else(|| src.wrong("state", "is missing"))?;
-    Ok(StoredTraffic { version: src.number(0, "version")?, traffic })
+    Ok(StoredTraffic { version: src.number(0, "version")?, traffic: src.must_json(1, "state")? })
 }
 
 /// Decodes `seq, time, actor, action, what, reason, version` of `audit`.
-pub(crate) fn audit(row: &Row<'_>) -> Result<StoredAudit, Inconsistency> {
-    let number: i64 = row.get(0).unwrap_or(-1);
-    let src = Source { row, table: "audit", key: number.to_string() };
+pub(crate) fn audit(row: &impl Columns) -> Result<StoredAudit, Inconsistency> {
+    let src = Source { row, table: "audit", key: named(row, 0).to_string() };
     let entry = AuditEntry {
-        time: src.time(1, "time")?.ok_or_else(|| src.wrong("time", "is missing"))?,
-        actor: src.get(2, "actor")?,
-        action: src.get(3, "action")?,
-        what: src.get(4, "what")?,
-        reason: src.get(5, "reason")?,
+        time: src.must_time(1, "time")?,
+        actor: src.prose(2, "actor")?,
+        action: src.prose(3, "action")?,
+        what: src.prose(4, "what")?,
+        reason: src.prose(5, "reason")?,
     };
     Ok(StoredAudit { seq: src.number(0, "seq")?, version: src.number(6, "version")?, entry })
 }
 
 /// Decodes `pn, primary_id, tenant, image, primary_backend, shadow_backend, stage, since, judged, verdict` of `pairs`.
-pub(crate) fn pair(row: &Row<'_>) -> Result<PairRecord, Inconsistency> {
+pub(crate) fn pair(row: &impl Columns) -> Result<PairRecord, Inconsistency> {
     let primary = run_id(row, 1, "pairs")?;
     let src = Source { row, table: "pairs", key: primary.to_string() };
-    let stage: String = src.get(6, "stage")?;
+    let stage = src.text(6, "stage")?;
     let stage = Stage::ALL
         .into_iter()
         .find(|known| known.as_str() == stage)
@@ -127,7 +182,7 @@ pub(crate) fn pair(row: &Row<'_>) -> Result<PairRecord, Inconsistency> {
     let pair = Pair {
         primary,
         tenant: src.parse(2, "tenant")?,
-        image: src.get(3, "image")?,
+        image: src.checked(row.prose(3), "image")?,
         primary_backend: src.parse(4, "primary_backend")?,
         shadow_backend: src.parse(5, "shadow_backend")?,
     };
@@ -135,7 +190,7 @@ pub(crate) fn pair(row: &Row<'_>) -> Result<PairRecord, Inconsistency> {
         number: src.number(0, "pn")?,
         pair,
         stage,
-        since: src.time(7, "since")?.ok_or_else(|| src.wrong("since", "is missing"))?,
+        since: src.must_time(7, "since")?,
         judged: src.time(8, "judged")?,
         verdict,
     })
@@ -151,19 +206,20 @@ pub(crate) fn int(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-fn run_id(row: &Row<'_>, at: usize, table: &'static str) -> Result<RunId, Inconsistency> {
+pub(crate) fn run_id(row: &impl Columns, at: usize, table: &'static str) -> Result<RunId, Inconsistency> {
     let wrong =
         |detail: &str| Inconsistency { table, column: "id", key: "?".to_owned(), detail: detail.to_owned() };
-    let bytes: Vec<u8> = row.get(at).map_err(|_| wrong("is of a wrong type"))?;
-    let uuid = Uuid::from_slice(&bytes).map_err(|_| wrong("is not 16 bytes"))?;
+    let bytes = row.bytes(at).map_err(|WrongType| wrong("is of a wrong type"))?;
+    let uuid =
+        Uuid::from_slice(bytes.ok_or_else(|| wrong("is missing"))?).map_err(|_| wrong("is not 16 bytes"))?;
     Ok(RunId::new(uuid))
 }
 
 /// Decodes a row of [`run_columns`].
-pub(crate) fn run(row: &Row<'_>) -> Result<RunRecord, Inconsistency> {
+pub(crate) fn run(row: &impl Columns) -> Result<RunRecord, Inconsistency> {
     let id = run_id(row, 0, "runs")?;
     let src = Source { row, table: "runs", key: id.to_string() };
-    let state: String = src.get(3, "state")?;
+    let state = src.text(3, "state")?;
     let state = RunState::ALL
         .into_iter()
         .find(|known| known.as_str() == state)
@@ -177,11 +233,10 @@ pub(crate) fn run(row: &Row<'_>) -> Result<RunRecord, Inconsistency> {
     if state.is_terminal() != outcome.is_some() {
         return Err(src.wrong("outcome", "does not agree with the state"));
     }
-    let key: Option<String> = src.get(2, "key")?;
+    let key = src.checked(row.text(2), "key")?;
     let key = key.map(|key| key.parse().map_err(|_| src.wrong("key", "is not a valid name"))).transpose()?;
-    let created = src.time(9, "created")?.ok_or_else(|| src.wrong("created", "is missing"))?;
     let spec_src = Source { row, table: "specs", key: src.key.clone() };
-    let spec = spec_src.json(14, "spec")?.ok_or_else(|| spec_src.wrong("spec", "is missing"))?;
+    let spec = spec_src.must_json(14, "spec")?;
     Ok(RunRecord {
         id,
         tenant: src.parse(1, "tenant")?,
@@ -189,11 +244,11 @@ pub(crate) fn run(row: &Row<'_>) -> Result<RunRecord, Inconsistency> {
         spec: Arc::new(spec),
         position: Position { state, attempt: src.number(4, "attempt")? },
         backend: src.parse(5, "backend")?,
-        backend_reason: src.get(6, "backend_reason")?,
+        backend_reason: src.prose(6, "backend_reason")?,
         decision: src.json(15, "decision")?,
         cancel: src.json(7, "cancel")?,
         not_before: src.time(8, "not_before")?,
-        created,
+        created: src.must_time(9, "created")?,
         started: src.time(10, "started")?,
         ended,
         outcome,
@@ -202,39 +257,37 @@ pub(crate) fn run(row: &Row<'_>) -> Result<RunRecord, Inconsistency> {
 }
 
 /// Decodes `number, backend, started, ended, outcome` of `attempts`.
-pub(crate) fn attempt(row: &Row<'_>, run: RunId) -> Result<AttemptRecord, Inconsistency> {
-    let number: i64 = row.get(0).unwrap_or(-1);
-    let src = Source { row, table: "attempts", key: format!("{run}.{number}") };
+pub(crate) fn attempt(row: &impl Columns, run: RunId) -> Result<AttemptRecord, Inconsistency> {
+    let src = Source { row, table: "attempts", key: format!("{run}.{}", named(row, 0)) };
     Ok(AttemptRecord {
         number: src.number(0, "number")?,
         backend: src.parse(1, "backend")?,
         started: src.time(2, "started")?,
-        ended: src.time(3, "ended")?.ok_or_else(|| src.wrong("ended", "is missing"))?,
-        outcome: src.json(4, "outcome")?.ok_or_else(|| src.wrong("outcome", "is missing"))?,
+        ended: src.must_time(3, "ended")?,
+        outcome: src.must_json(4, "outcome")?,
     })
 }
 
 /// Decodes `seq, time, event` of `events`.
-pub(crate) fn event(row: &Row<'_>, run: RunId) -> Result<StoredEvent, Inconsistency> {
-    let seq: i64 = row.get(0).unwrap_or(-1);
-    let src = Source { row, table: "events", key: format!("{run}#{seq}") };
+pub(crate) fn event(row: &impl Columns, run: RunId) -> Result<StoredEvent, Inconsistency> {
+    let src = Source { row, table: "events", key: format!("{run}#{}", named(row, 0)) };
     Ok(StoredEvent {
         seq: src.number(0, "seq")?,
-        time: src.time(1, "time")?.ok_or_else(|| src.wrong("time", "is missing"))?,
-        event: src.json(2, "event")?.ok_or_else(|| src.wrong("event", "is missing"))?,
+        time: src.must_time(1, "time")?,
+        event: src.must_json(2, "event")?,
     })
 }
 
 /// Decodes `id, kind, due, duration` of `runs` and `timers`.
-pub(crate) fn timer(row: &Row<'_>) -> Result<(RunId, Timer), Inconsistency> {
+pub(crate) fn timer(row: &impl Columns) -> Result<(RunId, Timer), Inconsistency> {
     let id = run_id(row, 0, "runs")?;
     let src = Source { row, table: "timers", key: id.to_string() };
-    let kind: String = src.get(1, "kind")?;
+    let kind = src.text(1, "kind")?;
     let kind = [TimerKind::Pending, TimerKind::Deadline, TimerKind::Retry]
         .into_iter()
         .find(|known| timer_name(*known) == kind)
         .ok_or_else(|| src.wrong("kind", "is not a known kind"))?;
-    let due = src.time(2, "due")?.ok_or_else(|| src.wrong("due", "is missing"))?;
+    let due = src.must_time(2, "due")?;
     let duration = Duration::from_nanos(src.number(3, "duration")?);
     Ok((id, Timer { kind, due, duration }))
 }

@@ -10,6 +10,7 @@ use runner::{
     config::{ConfigError, Layers, Loaded, layers},
     serve, telemetry,
 };
+use runner_store::postgres::Migrated;
 use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Debug, Parser)]
@@ -27,6 +28,8 @@ struct Cli {
 enum Command {
     /// Serves until it is told to stop. Needs no configuration.
     Serve(ConfigArgs),
+    /// Makes the schema of a state store on PostgreSQL, or brings it to this version. Safe to repeat, and beside others.
+    Migrate(ConfigArgs),
     /// Shows the configuration.
     Config {
         #[command(subcommand)]
@@ -103,6 +106,10 @@ fn main() -> ExitCode {
             Ok(loaded) => serve_until_told(&loaded),
             Err(error) => usage_error(&error),
         },
+        Command::Migrate(args) => match args.load() {
+            Ok(loaded) => migrate(&loaded),
+            Err(error) => usage_error(&error),
+        },
         Command::Config { command: ConfigCommand::Schema } => print(&pretty(&layers::schema())),
         Command::Config { command: ConfigCommand::Dump { args, output } } => match args.load() {
             Ok(loaded) => {
@@ -161,6 +168,30 @@ fn serve_until_told(loaded: &Loaded) -> ExitCode {
     // What still blocks, for example on a disk that does not answer, is not waited for.
     runtime.shutdown_timeout(Duration::from_millis(100));
     code
+}
+
+fn migrate(loaded: &Loaded) -> ExitCode {
+    if let Err(error) = telemetry::init(&loaded.config.log) {
+        return failure(&std::io::Error::other(error));
+    }
+    let Some(options) = loaded.config.store.postgres() else {
+        return print(
+            "nothing to migrate: without store.url the state is in SQLite, which `runner serve` looks after\n",
+        );
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failure(&error),
+    };
+    match runtime.block_on(runner_store::postgres::migrate(&options)) {
+        Ok(Migrated { from, to }) if from == to => {
+            print(&format!("the state store has schema version {to}\n"))
+        }
+        Ok(Migrated { from, to }) => {
+            print(&format!("migrated the state store from schema version {from} to {to}\n"))
+        }
+        Err(error) => failure(&error),
+    }
 }
 
 async fn run(loaded: &Loaded) -> ExitCode {

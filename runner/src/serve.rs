@@ -23,8 +23,9 @@ use runner_core::{
     backend::Backend,
     clock::{self, Clock, IdGen},
     service::{Options, Parts, RunService, ServiceError},
+    store::Store,
 };
-use runner_store::{DataDirLock, LockError, SqliteOptions, SqliteStore};
+use runner_store::{DataDirLock, LockError, PostgresError, PostgresStore, SqliteOptions, SqliteStore};
 use serde_json::json;
 
 use crate::{
@@ -63,6 +64,9 @@ pub enum ServeError {
     /// The state store cannot be opened.
     #[error("open the state store")]
     Store(#[source] runner_store::OpenError),
+    /// The state store on PostgreSQL cannot be opened.
+    #[error("open the state store")]
+    Postgres(#[source] PostgresError),
     /// The object store cannot be opened.
     #[error("open the object store")]
     Objects(#[source] ArtifactError),
@@ -145,11 +149,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
     let (clock, ids) = clock::system();
     let metrics = Arc::new(Metrics::new());
 
-    let store = {
-        let lock = Arc::clone(&lock);
-        blocking(move || SqliteStore::open(lock, &SqliteOptions::default()).map_err(ServeError::Store))
-            .await?
-    };
+    let store = open_store(config, &lock).await?;
     let artifacts = {
         let (objects, clock) = (config.object_store.clone(), Arc::clone(&clock));
         let directory = data_dir.join("objects");
@@ -186,7 +186,7 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
     let logs = SegmentedLogs::new(Arc::clone(&artifacts), Arc::clone(&clock), options);
     let backends = open_backends(config, &data_dir, &instance, &hub, &clock, &metrics).await?;
     let parts = Parts {
-        store: Arc::new(store),
+        store,
         logs: Arc::new(logs),
         artifacts: Arc::clone(&artifacts),
         backends,
@@ -227,6 +227,16 @@ pub async fn start(config: &Config) -> Result<Running, ServeError> {
     write_endpoint(&data_dir, listen, ops_listen)?;
     summarise(config, &data_dir, listen, ops_listen);
     Ok(Running { listen, ops_listen, surfaces, _lock: lock })
+}
+
+async fn open_store(config: &Config, lock: &Arc<DataDirLock>) -> Result<Arc<dyn Store>, ServeError> {
+    if let Some(options) = config.store.postgres() {
+        return Ok(Arc::new(PostgresStore::open(&options).await.map_err(ServeError::Postgres)?));
+    }
+    let lock = Arc::clone(lock);
+    let opened =
+        blocking(move || SqliteStore::open(lock, &SqliteOptions::default()).map_err(ServeError::Store));
+    Ok(Arc::new(opened.await?))
 }
 
 fn open_objects(
@@ -382,6 +392,7 @@ fn summarise(
         %listen,
         %ops_listen,
         data_dir = %data_dir.display(),
+        store = shown.store.url.as_deref().unwrap_or("state.db in the data directory"),
         object_store = shown.object_store.url.as_deref().unwrap_or("objects in the data directory"),
         backends = backends.join(", "),
         default_backend = %shown.default_backend,

@@ -13,6 +13,7 @@ pub mod log;
 pub mod objects;
 pub mod place;
 pub mod port;
+pub mod postgres;
 pub mod proc;
 pub mod said;
 pub mod scene;

@@ -16,8 +16,10 @@ use tokio::{
 };
 use worker_client::{Builder, Client, Event, Finished, RetryPolicy, StreamOptions, proto};
 
-use crate::{binaries, port::free_address, proc, said};
+use crate::{binaries, port::free_address, postgres::Postgres, proc, said};
 
+/// Where every service keeps its state whose test does not say: `postgres`, or anything else for SQLite.
+const STORE: &str = "RUNNER_TEST_STORE";
 /// What a test waits at most for anything.
 pub const DEADLINE: Duration = Duration::from_secs(120);
 /// Between two looks at something that cannot say by itself that it changed.
@@ -103,8 +105,14 @@ impl Service {
     pub fn prepare(settings: &[(&str, &str)]) -> Self {
         let dir =
             tempfile::Builder::new().prefix("runner-service-").tempdir().expect("a temporary directory");
-        let settings =
+        let mut settings: Vec<(String, String)> =
             settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        if std::env::var(STORE).is_ok_and(|store| store == "postgres")
+            && !settings.iter().any(|(name, _)| name == "RUNNER_STORE__URL")
+        {
+            let server = Postgres::shared().expect("PostgreSQL");
+            settings.extend(server.settings().map(|(name, value)| (name.to_owned(), value)));
+        }
         fs::create_dir(dir.path().join("data")).expect("make the data directory");
         let (listen, ops) = (free_address(), free_address());
         Self { dir, listen, ops, settings, process: None, starts: 0 }
@@ -202,6 +210,19 @@ impl Service {
             answer.starts_with("HTTP/1.1 200").then_some(true)
         })
         .await
+    }
+
+    /// What a command of the service's program with the same settings wrote, both streams together, and how it ended.
+    ///
+    /// # Panics
+    /// Where it does not start.
+    pub fn command_with(&self, arguments: &[&str], settings: &[(&str, &str)]) -> (ExitStatus, String) {
+        let mut command = Command::new(binaries::runner().expect("the service's program"));
+        command.args(arguments).env_clear();
+        command.envs(self.settings.iter().map(|(name, value)| (name, value))).envs(settings.iter().copied());
+        let output = command.stdin(Stdio::null()).output().expect("the program starts");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status, String::from_utf8_lossy(&said).into_owned())
     }
 
     /// A second service on the same data directory, on other ports: how it ended, and what it said.

@@ -6,6 +6,7 @@ use std::{fs, process::Command};
 
 use runner_tests::{
     objects::{Dialect, StoreServer},
+    postgres::Postgres,
     service::Service,
 };
 use support::{
@@ -14,15 +15,18 @@ use support::{
     start_with,
 };
 
-/// A service whose objects are in a bucket.
-fn service_on(bucket: &StoreServer) -> Service {
+/// A service whose objects are in a bucket, and its state where `settings` say.
+fn service_on(bucket: &StoreServer, settings: &[(&str, String)]) -> Service {
     let credentials = bucket.credentials_file().display().to_string();
-    start_with(&[
-        ("RUNNER_OBJECT_STORE__URL", bucket.url("chain").as_str()),
-        ("RUNNER_OBJECT_STORE__ENDPOINT", bucket.endpoint().as_str()),
+    let (url, endpoint) = (bucket.url("chain"), bucket.endpoint());
+    let mut all = vec![
+        ("RUNNER_OBJECT_STORE__URL", url.as_str()),
+        ("RUNNER_OBJECT_STORE__ENDPOINT", endpoint.as_str()),
         ("RUNNER_OBJECT_STORE__ALLOW_HTTP", "true"),
         ("RUNNER_OBJECT_STORE__CREDENTIALS_FILE", credentials.as_str()),
-    ])
+    ];
+    all.extend(settings.iter().map(|(name, value)| (*name, value.as_str())));
+    start_with(&all)
 }
 
 /// Runs a shell program whose outputs are a directory and what a pattern matches; answers the run's id.
@@ -41,8 +45,20 @@ fn link(service: &Service, input: Option<&str>, to: &std::path::Path, program: &
 
 #[test]
 fn five_runs_each_take_what_the_one_before_stored_from_the_command_line() {
+    five_runs(&[]);
+}
+
+#[test]
+fn five_runs_each_take_what_the_one_before_stored_with_their_state_in_postgresql() {
+    match Postgres::shared() {
+        Ok(server) => five_runs(&server.settings()),
+        Err(why) => support::skip(&format!("chain, on PostgreSQL: {why}")),
+    }
+}
+
+fn five_runs(settings: &[(&str, String)]) {
     let bucket = StoreServer::start(Dialect::S3);
-    let service = service_on(&bucket);
+    let service = service_on(&bucket, settings);
     let dir = tempfile::tempdir().expect("temp dir");
     let mut id = link(
         &service,
@@ -78,7 +94,7 @@ fn five_runs_each_take_what_the_one_before_stored_from_python() {
     let stubs = tempfile::tempdir().expect("temp dir");
     generate(&python, stubs.path()).expect("stubs");
     let bucket = StoreServer::start(Dialect::S3);
-    let service = service_on(&bucket);
+    let service = service_on(&bucket, &[]);
     let mut check = Command::new(&python);
     check.arg(folder().join("client_check.py")).arg(service.endpoint().trim_start_matches("http://"));
     check.args(["check_chain", "check_artifacts"]);

@@ -25,6 +25,7 @@ const NEEDS: &[Need] = &[
         package: "openssl",
         without: "inputs by https, and the Docker backend over TLS",
     },
+    Need { program: "pg_ctlcluster", package: "postgresql", without: "the state store on PostgreSQL" },
     Need { program: "ip", package: "iproute2", without: "the Docker backend with a network" },
 ];
 

@@ -67,6 +67,11 @@ whoever reaches the port is trusted
 {{- if and $url (not (hasPrefix "file:" $url)) -}}true{{- end -}}
 {{- end -}}
 
+{{/* "true" where the state is in PostgreSQL. */}}
+{{- define "runner.postgres" -}}
+{{- if dig "store" "url" "" .Values.config -}}true{{- end -}}
+{{- end -}}
+
 {{/* The effective configuration: the values', and what only the chart can know. JSON, because numbers survive it. */}}
 {{- define "runner.config" -}}
 {{- $root := . -}}
@@ -137,6 +142,9 @@ whoever reaches the port is trusted
 {{- /* Without a single authority the client of a bucket is not even made, wherever the bucket is. */}}
 {{- if and (include "runner.bucket" .) (not .Values.caCertificates.configMap) (not .Values.caCertificates.secret) -}}
 {{- fail "caCertificates.configMap: is not set, and neither is caCertificates.secret: config.object_store.url is a bucket, and the image trusts no authority of its own" -}}
+{{- end -}}
+{{- if and (include "runner.postgres" .) (not (contains "sslmode=disable" .Values.config.store.url)) (not (dig "store" "ca_file" "" .Values.config)) (not .Values.caCertificates.configMap) (not .Values.caCertificates.secret) -}}
+{{- fail "config.store.ca_file: is not set, and neither is one of caCertificates: config.store.url is reached by TLS, and the image trusts no authority of its own" -}}
 {{- end -}}
 {{- end -}}
 

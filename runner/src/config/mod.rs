@@ -9,6 +9,7 @@ pub mod layers;
 pub mod limits;
 pub mod objects;
 pub mod retention;
+pub mod store;
 pub mod value;
 
 use std::{
@@ -31,6 +32,7 @@ use self::{
     limits::LimitsConfig,
     objects::ObjectStoreConfig,
     retention::RetentionConfig,
+    store::StoreConfig,
     value::{ByteSize, Span},
 };
 
@@ -75,6 +77,8 @@ pub struct Config {
     pub traffic: Option<Policy>,
     /// The backends. A list replaces the one of the layer before, whole.
     pub backends: Vec<BackendConfig>,
+    /// Where the state of runs is kept.
+    pub store: StoreConfig,
     /// Where artifacts and logs are kept.
     pub object_store: ObjectStoreConfig,
     /// What the service writes to standard error.
@@ -242,6 +246,7 @@ impl Default for Config {
             default_backend: local.name.clone(),
             traffic: None,
             backends: vec![BackendConfig::Local(local)],
+            store: StoreConfig::default(),
             object_store: ObjectStoreConfig::default(),
             log: LogConfig { format: LogFormat::Human, filter: "info".to_owned() },
             server: ServerConfig {
@@ -330,6 +335,9 @@ impl Config {
                 add(&format!("traffic.{}", violation.field), violation.description);
             }
         }
+        for (key, message) in self.store.faults() {
+            add(&format!("store.{key}"), message);
+        }
         for (key, message) in self.object_store.faults() {
             add(&format!("object_store.{key}"), message);
         }
@@ -389,6 +397,7 @@ impl Config {
     #[must_use]
     pub fn redacted(&self) -> Self {
         let mut shown = self.clone();
+        shown.store.url = shown.store.url.map(|url| redact(&url));
         shown.object_store.url = shown.object_store.url.map(|url| redact(&url));
         shown
     }

@@ -24,6 +24,10 @@ use runner_core::{id::RunId, store::Store};
 /// Makes stores of one implementation.
 #[async_trait]
 pub trait StoreFactory: Send + Sync + 'static {
+    /// Why this machine cannot have such a store, where it cannot.
+    fn missing() -> Option<String> {
+        None
+    }
     /// A place for a store, empty, shared with no other test.
     fn new() -> Self;
     /// Opens the store of this place. Every handle from before has been dropped.
@@ -39,12 +43,24 @@ pub trait StoreFactory: Send + Sync + 'static {
 pub fn block_on<F: Future<Output = ()>>(case: F) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .enable_time()
+        .enable_all()
         .build()
         .expect("a runtime is made");
     runtime.block_on(async {
         tokio::time::timeout(Duration::from_secs(120), case).await.expect("the case ends in time");
     });
+}
+
+/// Runs a case, or says that it is skipped.
+///
+/// # Panics
+/// As [`block_on`].
+#[allow(clippy::print_stdout, reason = "a skip must be visible in the test's output")]
+pub fn conform<F: StoreFactory>(name: &str, case: impl AsyncFnOnce(&F)) {
+    match F::missing() {
+        Some(why) => println!("SKIP store case={name} missing={why}"),
+        None => block_on(async { case(&F::new()).await }),
+    }
 }
 
 /// Calls a macro with every case, by module. The one list of them.
@@ -183,8 +199,7 @@ macro_rules! store_conformance_module {
             $(
                 #[test]
                 fn $case() {
-                    let factory = <super::$factory as $crate::store::StoreFactory>::new();
-                    $crate::store::block_on($crate::store::$module::$case(&factory));
+                    $crate::store::conform::<super::$factory>(stringify!($case), $crate::store::$module::$case);
                 }
             )*
         }

@@ -132,6 +132,8 @@ fn values_that_cannot_be_are_refused_by_their_names() {
         ("image: { digest: latest }", "image.digest"),
         ("workloads: { namespace: runner-system }", "workloads.namespace"),
         ("config: { object_store: { url: 's3://bucket' } }", "caCertificates.configMap"),
+        ("config: { store: { url: 'postgres://runner@db/runner' } }", "config.store.ca_file"),
+        ("migration: { deadlineSeconds: 1 }", "migration.deadlineSeconds"),
         ("caCertificates: { configMap: a, secret: b }", "caCertificates.secret"),
     ] {
         let said = chart.render("values.yaml", over).map(|_| ()).expect_err(over);

@@ -22,8 +22,17 @@ config:
 secretMounts: [{ secretName: engine, mountPath: /etc/runner/secrets/e }]
 ";
 
+/// State in PostgreSQL, by TLS, with a password.
+const POSTGRES: &str = "
+config: { store: { url: 'postgres://runner@db.example.org/runner', password_file: /etc/runner/secrets/state/password, connections: 7 } }
+caCertificates: { configMap: authorities }
+secretMounts: [{ secretName: state, mountPath: /etc/runner/secrets/state }]
+networkPolicies: { stateStore: { to: [{ ipBlock: { cidr: 192.0.2.7/32 } }] } }
+";
+
 /// Values that turn much on, beside the chart's own files.
-const VARIANTS: [(&str, &str); 4] = [
+const VARIANTS: [(&str, &str); 5] = [
+    ("values.yaml", POSTGRES),
     ("values.yaml", DIND_ONLY),
     ("values.yaml", "networkPolicies: { workers: [], monitoring: [], dns: [] }"),
     (

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use runner::config::BackendConfig;
+use runner::config::{BackendConfig, Layers};
 use runner_tests::{
     backend::Missing,
     chart::{Chart, NAMESPACE, Object, VALUES, documented_rights, folder, object, rights},
@@ -15,7 +15,7 @@ use runner_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::{DIND_ONLY, NAME, WORKLOADS, all, load};
+use crate::{DIND_ONLY, NAME, POSTGRES, WORKLOADS, all, load};
 
 #[test]
 fn helm_finds_nothing_to_complain_about_in_any_file_of_values() {
@@ -66,42 +66,80 @@ fn what_is_rendered_fits_the_oldest_kubernetes_and_the_newest() {
 fn every_container_is_held_to_the_restricted_standard_and_has_bounds() {
     let Some(chart) = Chart::find("confinement") else { return };
     for (values, objects) in all(&chart) {
-        let pods: Vec<&Value> = objects.iter().filter_map(Object::pod).collect();
-        assert_eq!(pods.len(), 1, "{values}");
-        let pod = pods[0];
-        let security = &pod["securityContext"];
-        assert_eq!(security["runAsNonRoot"], true, "{values}");
-        assert!(security["runAsUser"].as_u64().is_some_and(|user| user > 0), "{values}");
-        assert_eq!(security["seccompProfile"]["type"], "RuntimeDefault", "{values}");
-        // The service refuses keys that its group can read, which is what the other policy makes at each start.
-        assert_eq!(security["fsGroupChangePolicy"], "OnRootMismatch", "{values}");
-        for forbidden in ["hostNetwork", "hostPID", "hostIPC"] {
-            assert!(pod.get(forbidden).is_none(), "{values}: {forbidden}");
-        }
-        for container in pod["containers"].as_array().expect("containers") {
-            let security = &container["securityContext"];
-            let expected = json!({
-                "allowPrivilegeEscalation": false, "privileged": false, "readOnlyRootFilesystem": true,
-                "runAsNonRoot": true, "capabilities": { "drop": ["ALL"] },
-            });
-            assert_eq!(*security, expected, "{values}");
-            for kind in ["requests", "limits"] {
-                for what in ["cpu", "memory"] {
-                    assert!(!container["resources"][kind][what].is_null(), "{values}: {kind} {what}");
-                }
-            }
-            for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
-                assert_eq!(container[probe]["httpGet"]["port"], "ops", "{values}: {probe}");
-            }
-        }
-        for volume in pod["volumes"].as_array().expect("volumes") {
-            assert!(volume.get("hostPath").is_none(), "{values}: {volume}");
-            let bounded = volume.get("emptyDir").is_none_or(|dir| !dir["sizeLimit"].is_null());
-            assert!(bounded, "{values}: {volume}");
+        let pods: Vec<&Object> = objects.iter().filter(|object| object.pod().is_some()).collect();
+        let kinds: Vec<&str> = pods.iter().map(|object| object.kind()).collect();
+        assert_eq!(
+            kinds,
+            if values.contains("postgres://") { &["Deployment", "Job"][..] } else { &["Deployment"] }
+        );
+        for (object, pod) in pods.iter().filter_map(|object| Some((object, object.pod()?))) {
+            confined(values, pod, object.kind() == "Deployment");
         }
         let spec = &object(objects, "Deployment", NAME).0["spec"];
         assert_eq!((&spec["replicas"], &spec["strategy"]["type"]), (&1.into(), &"Recreate".into()));
     }
+}
+
+fn confined(values: &str, pod: &Value, serves: bool) {
+    let security = &pod["securityContext"];
+    assert_eq!(security["runAsNonRoot"], true, "{values}");
+    assert!(security["runAsUser"].as_u64().is_some_and(|user| user > 0), "{values}");
+    assert_eq!(security["seccompProfile"]["type"], "RuntimeDefault", "{values}");
+    // The service refuses keys that its group can read, which is what the other policy makes at each start.
+    if serves {
+        assert_eq!(security["fsGroupChangePolicy"], "OnRootMismatch", "{values}");
+    }
+    for forbidden in ["hostNetwork", "hostPID", "hostIPC"] {
+        assert!(pod.get(forbidden).is_none(), "{values}: {forbidden}");
+    }
+    for container in pod["containers"].as_array().expect("containers") {
+        let security = &container["securityContext"];
+        let expected = json!({
+            "allowPrivilegeEscalation": false, "privileged": false, "readOnlyRootFilesystem": true,
+            "runAsNonRoot": true, "capabilities": { "drop": ["ALL"] },
+        });
+        assert_eq!(*security, expected, "{values}");
+        for kind in ["requests", "limits"] {
+            for what in ["cpu", "memory"] {
+                assert!(!container["resources"][kind][what].is_null(), "{values}: {kind} {what}");
+            }
+        }
+        for probe in ["startupProbe", "livenessProbe", "readinessProbe"].into_iter().filter(|_| serves) {
+            assert_eq!(container[probe]["httpGet"]["port"], "ops", "{values}: {probe}");
+        }
+    }
+    for volume in pod["volumes"].as_array().expect("volumes") {
+        assert!(volume.get("hostPath").is_none(), "{values}: {volume}");
+        let bounded = volume.get("emptyDir").is_none_or(|dir| !dir["sizeLimit"].is_null());
+        assert!(bounded, "{values}: {volume}");
+    }
+}
+
+#[test]
+fn the_schema_is_migrated_before_the_release_with_what_the_service_has_of_the_store() {
+    let Some(chart) = Chart::find("migration") else { return };
+    let objects = chart.render("values.yaml", POSTGRES).expect("it renders");
+    let job = object(&objects, "Job", &format!("{NAME}-migrate"));
+    assert_eq!(job.0["metadata"]["annotations"]["helm.sh/hook"], "pre-install,pre-upgrade");
+    let pod = job.pod().expect("its pod");
+    // Nothing of the release is there yet, and the Service of the release must not find it.
+    assert!(pod.get("serviceAccountName").is_none() && pod["automountServiceAccountToken"] == false);
+    let labels = &job.0["spec"]["template"]["metadata"]["labels"];
+    assert_eq!(labels["app.kubernetes.io/component"], "migrate");
+    let container = &pod["containers"][0];
+    assert_eq!(container["args"], json!(["migrate"]));
+    let service = objects.iter().find_map(Object::pod).expect("the service's pod");
+    assert_eq!(container["image"], service["containers"][0]["image"]);
+    // Its variables say what the service's configuration says.
+    let variables = container["env"].as_array().expect("variables").iter();
+    let env: Vec<(String, String)> = variables
+        .filter_map(|one| Some((one["name"].as_str()?.to_owned(), one["value"].as_str()?.to_owned())))
+        .collect();
+    let ours = Layers { env, ..Layers::default() }.load().expect("it is a configuration").config.store;
+    assert_eq!(ours, load(&objects).store);
+    assert_eq!(ours.connections, 7);
+    let without = chart.render("values.yaml", "").expect("it renders");
+    assert!(without.iter().all(|object| object.kind() != "Job"));
 }
 
 #[test]

@@ -13,10 +13,8 @@ use runner_core::{
 };
 use rusqlite::{Connection, OptionalExtension as _, params_from_iter, types::Value};
 
-use crate::{
-    error::Fault,
-    row::{self, run_columns},
-};
+use super::error::Fault;
+use crate::row::{self, run_columns};
 
 pub(crate) const GET: &str =
     concat!("SELECT ", run_columns!(), " FROM runs r LEFT JOIN specs s ON s.rn = r.rn WHERE r.id = ?1");
@@ -38,7 +36,7 @@ pub(crate) const LIVE_TIMERS: &str = "SELECT r.id, t.kind, t.due, t.duration FRO
 
 pub(crate) const ENDED: &str = "SELECT id, tenant, ended FROM runs INDEXED BY runs_ended \
      WHERE ended IS NOT NULL AND ended < ?1 AND (ended, id) > (?2, ?3) ORDER BY ended, id LIMIT ?4";
-pub(crate) const SWEPT: &str = "SELECT ended, id FROM sweeps WHERE kind = ?1";
+pub(crate) const SWEPT: &str = "SELECT id, ended FROM sweeps WHERE kind = ?1";
 
 pub(crate) const REMOVALS: &str =
     "SELECT r.id, r.tenant, r.ended FROM removals m CROSS JOIN runs r ON r.rn = m.rn ORDER BY m.rn LIMIT ?1";
@@ -106,13 +104,8 @@ pub(crate) fn ended(
 /// How far a sweep has come.
 pub(crate) fn swept(conn: &Connection, what: Swept) -> Result<Option<EndedCursor>, Fault> {
     let mut statement = conn.prepare_cached(SWEPT)?;
-    let found = statement
-        .query_row([what.as_str()], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, [u8; 16]>(1)?)))
-        .optional()?;
-    Ok(found.map(|(ended, id)| EndedCursor {
-        ended: Timestamp::from_micros(ended),
-        id: RunId::new(uuid::Uuid::from_bytes(id)),
-    }))
+    let found = statement.query_row([what.as_str()], |row| Ok(row::swept(row))).optional()?;
+    Ok(found.transpose()?)
 }
 
 /// Finds a run.
@@ -202,15 +195,7 @@ pub(crate) fn list(
         }
         match row::run(row) {
             Ok(run) => page.runs.push(run),
-            Err(inconsistency) => {
-                tracing::warn!(
-                    table = inconsistency.table,
-                    column = inconsistency.column,
-                    key = inconsistency.key,
-                    detail = inconsistency.detail,
-                    "left a row out of a listing"
-                );
-            }
+            Err(inconsistency) => row::left_out(&inconsistency),
         }
     }
     Ok(page)

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use rusqlite::{Connection, OpenFlags, Result};
 
-use crate::store::SqliteOptions;
+use super::store::SqliteOptions;
 
 /// Nobody but this process writes (see [`crate::DataDirLock`]); what is waited for is a checkpoint, or a person with a shell.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);

@@ -6,7 +6,6 @@
 //! does not pay for savepoints. Where there is no room, each verb gets a transaction of its own.
 
 use std::{
-    collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -18,87 +17,27 @@ use runner_core::store::StoreError;
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{
+use super::{
     error::{Fault, store_error},
     write::{Context, Verb},
 };
+use crate::live::LiveCounts;
 
 /// Most verbs in one commit.
 pub(crate) const MAX_GROUP: usize = 256;
 
-/// Numbers of live runs, so that accepting needs no count. Changes since the last [`keep`](Self::keep) can be taken back,
-/// as the transaction that they belong to can.
-#[derive(Debug, Default)]
-pub(crate) struct LiveCounts {
-    total: u64,
-    tenants: HashMap<String, u64>,
-    undo: Vec<(String, bool)>,
-}
-
-impl LiveCounts {
-    /// Counts what is stored.
-    pub(crate) fn load(conn: &Connection) -> rusqlite::Result<Self> {
-        let mut counts = Self::default();
-        let mut statement = conn.prepare(
-            "SELECT tenant, count(*) FROM runs INDEXED BY runs_live \
-             WHERE ended IS NULL AND substr(id, 7, 3) <> x'85adb5' GROUP BY tenant",
-        )?;
-        let mut rows = statement.query(())?;
-        while let Some(row) = rows.next()? {
-            let number = u64::try_from(row.get::<_, i64>(1)?).unwrap_or(0);
-            counts.total += number;
-            counts.tenants.insert(row.get(0)?, number);
-        }
-        Ok(counts)
+/// Counts what is stored.
+pub(crate) fn live_counts(conn: &Connection) -> rusqlite::Result<LiveCounts> {
+    let mut counts = LiveCounts::default();
+    let mut statement = conn.prepare(
+        "SELECT tenant, count(*) FROM runs INDEXED BY runs_live \
+         WHERE ended IS NULL AND substr(id, 7, 3) <> x'85adb5' GROUP BY tenant",
+    )?;
+    let mut rows = statement.query(())?;
+    while let Some(row) = rows.next()? {
+        counts.stored(row.get(0)?, row.get(1)?);
     }
-
-    pub(crate) fn total(&self) -> u64 {
-        self.total
-    }
-
-    pub(crate) fn of(&self, tenant: &str) -> u64 {
-        self.tenants.get(tenant).copied().unwrap_or(0)
-    }
-
-    pub(crate) fn add(&mut self, tenant: &str) {
-        self.step(tenant, true);
-        self.undo.push((tenant.to_owned(), true));
-    }
-
-    pub(crate) fn remove(&mut self, tenant: &str) {
-        self.step(tenant, false);
-        self.undo.push((tenant.to_owned(), false));
-    }
-
-    fn step(&mut self, tenant: &str, up: bool) {
-        if up {
-            self.total += 1;
-            *self.tenants.entry(tenant.to_owned()).or_default() += 1;
-        } else {
-            self.total = self.total.saturating_sub(1);
-            // Tenants without live runs are forgotten: their number is not bounded.
-            if let Some(count) = self.tenants.get_mut(tenant) {
-                *count = count.saturating_sub(1);
-                if *count == 0 {
-                    self.tenants.remove(tenant);
-                }
-            }
-        }
-    }
-
-    fn mark(&self) -> usize {
-        self.undo.len()
-    }
-
-    fn take_back(&mut self, mark: usize) {
-        for (tenant, up) in self.undo.split_off(mark).into_iter().rev() {
-            self.step(&tenant, !up);
-        }
-    }
-
-    fn keep(&mut self) {
-        self.undo.clear();
-    }
+    Ok(counts)
 }
 
 /// A verb on its way, whatever its type.

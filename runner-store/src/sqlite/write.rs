@@ -13,11 +13,10 @@ use runner_core::{
 };
 use rusqlite::{CachedStatement, Connection, OptionalExtension as _, named_params, params};
 
+use super::{error::Fault, pairs, read};
 use crate::{
-    error::Fault,
-    pairs, read,
+    live::LiveCounts,
     row::{self, to_json},
-    writer::LiveCounts,
 };
 
 pub(crate) const INSERT_RUN: &str = "INSERT INTO runs (id, tenant, key, digest, state, attempt, backend, backend_reason, created, decision, last_event) \
@@ -118,15 +117,7 @@ impl Accept {
 
     /// The limit that is reached. A shadow counts against none.
     fn full(&self, live: &LiveCounts) -> Option<(&'static str, u64)> {
-        if self.run.id.is_shadow() {
-            None
-        } else if live.total() >= self.limits.total {
-            Some(("live_runs", self.limits.total))
-        } else if live.of(self.run.tenant.as_str()) >= self.limits.per_tenant {
-            Some(("live_runs_per_tenant", self.limits.per_tenant))
-        } else {
-            None
-        }
+        if self.run.id.is_shadow() { None } else { live.full(self.run.tenant.as_str(), self.limits) }
     }
 
     fn insert(&self, cx: &mut Context<'_>) -> Result<bool, Fault> {

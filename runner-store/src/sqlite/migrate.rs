@@ -5,17 +5,17 @@ use std::path::Path;
 
 use rusqlite::{Connection, TransactionBehavior};
 
-use crate::error::OpenError;
+use super::error::OpenError;
 
 /// Marks a file as this program's. The bytes say `rnnr`.
 const APPLICATION_ID: i64 = 0x726e_6e72;
 
 /// The migration at index `i` leads from version `i` to `i + 1`. Append only.
 pub(crate) const MIGRATIONS: &[&str] = &[
-    include_str!("../migrations/0001-runs.sql"),
-    include_str!("../migrations/0002-retention.sql"),
-    include_str!("../migrations/0003-traffic.sql"),
-    include_str!("../migrations/0004-shadows.sql"),
+    include_str!("../../migrations/sqlite/0001-runs.sql"),
+    include_str!("../../migrations/sqlite/0002-retention.sql"),
+    include_str!("../../migrations/sqlite/0003-traffic.sql"),
+    include_str!("../../migrations/sqlite/0004-shadows.sql"),
 ];
 
 /// Brings a database to the newest version.

@@ -27,14 +27,14 @@ use runner_core::{
 use rusqlite::Connection;
 use tokio::sync::Semaphore;
 
-use crate::{
+use super::{
     connection,
     error::{Fault, OpenError},
-    lock::DataDirLock,
     migrate::{self, MIGRATIONS},
     pairs, read, write,
-    writer::{LiveCounts, Submit, Writer},
+    writer::{Submit, Writer, live_counts},
 };
+use crate::lock::DataDirLock;
 
 /// The database's name in the data directory.
 const FILE: &str = "state.db";
@@ -91,7 +91,7 @@ impl SqliteStore {
         File::open(lock.dir())
             .and_then(|dir| dir.sync_all())
             .map_err(|source| OpenError::Io { path: lock.dir().to_owned(), source })?;
-        let live = LiveCounts::load(&conn).map_err(sqlite)?;
+        let live = live_counts(&conn).map_err(sqlite)?;
         let live_total = Arc::new(AtomicU64::new(live.total()));
         let (submit, jobs) = Submit::channel();
         let writer = Writer { conn, live, live_total: Arc::clone(&live_total) };

@@ -8,18 +8,11 @@ use runner_core::{
 };
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params, types::Value};
 
-use crate::{
+use super::{
     error::Fault,
-    row::{self, to_json},
     write::{Context, Verb},
 };
-
-/// What [`row::pair`] decodes, in its order.
-macro_rules! pair_columns {
-    () => {
-        "pn, primary_id, tenant, image, primary_backend, shadow_backend, stage, since, judged, verdict"
-    };
-}
+use crate::row::{self, pair_columns, to_json};
 
 pub(crate) const INSERT: &str = "INSERT INTO pairs (primary_id, shadow_id, tenant, image, primary_backend, shadow_backend, stage, since) \
      VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'pending', ?7) ON CONFLICT DO NOTHING";
@@ -146,19 +139,7 @@ pub(crate) fn list(
 }
 
 fn decoded(row: &Row<'_>) -> Option<PairRecord> {
-    match row::pair(row) {
-        Ok(pair) => Some(pair),
-        Err(inconsistency) => {
-            tracing::warn!(
-                table = inconsistency.table,
-                column = inconsistency.column,
-                key = inconsistency.key,
-                detail = inconsistency.detail,
-                "left a pair out of a listing"
-            );
-            None
-        }
-    }
+    row::pair(row).inspect_err(row::left_out).ok()
 }
 
 /// The statement of a listing: the order of numbers, or of those that differ.

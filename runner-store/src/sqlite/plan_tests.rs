@@ -12,7 +12,7 @@ use runner_core::{
 };
 use rusqlite::{Connection, params};
 
-use crate::{migrate, pairs, read, write};
+use super::{migrate, pairs, read, write};
 
 fn database() -> Connection {
     let mut conn = Connection::open_in_memory().unwrap();
