@@ -14,12 +14,13 @@ use crate::process;
 pub(crate) struct Beside(JoinHandle<Result<()>>);
 
 impl Beside {
-    /// Starts the first.
+    /// Starts the first. This program has to be in the target's folder, under its own name.
     ///
     /// # Errors
-    /// Where this program does not find itself.
+    /// Where there is no such folder.
     pub(crate) fn start(commands: Vec<Vec<&'static str>>) -> Result<Self> {
-        let program = std::env::current_exe().context("find this program")?;
+        // By its place: the one that runs may have been built anew, and be no file any more.
+        let program = process::target()?.join("debug/xtask");
         let all = move || {
             for words in commands {
                 let mut command = Command::new("nice");

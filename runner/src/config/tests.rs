@@ -65,6 +65,7 @@ fn another(key: &str, leaf: &Value, default: Option<&Value>) -> Value {
         "inputs.https.ca_file" => Some(json!(CA_FILE)),
         "inputs.https.hosts" => Some(json!(["example.org"])),
         "object_store.endpoint" => Some(json!("https://127.0.0.1:9000")),
+        "object_store.agent_endpoint" => Some(json!("https://127.0.0.1:9001")),
         "object_store.agent_ca_file" => Some(json!(CA_FILE)),
         "object_store.agent_url_lifetime" => Some(json!("61s")),
         "object_store.credentials_file" => Some(json!("/run/secrets/store")),
@@ -101,6 +102,15 @@ fn another(key: &str, leaf: &Value, default: Option<&Value>) -> Value {
     panic!("{key}: say in this test what another value of {leaf} is")
 }
 
+/// What a leaf is of no use without, so that it is refused alone.
+fn needed_beside(key: &str) -> Option<(&'static str, &'static str)> {
+    match key {
+        "store.password_file" | "store.ca_file" => Some(("store.url", "postgres://runner@127.0.0.1/runner")),
+        "object_store.agent_endpoint" => Some(("object_store.url", "s3://bucket")),
+        _ => None,
+    }
+}
+
 fn at<'a>(tree: &'a Value, key: &str) -> Option<&'a Value> {
     tree.pointer(&format!("/{}", key.replace('.', "/")))
 }
@@ -111,15 +121,17 @@ fn schema_file_and_environment_agree_on_every_leaf() {
     let leaves = leaves(&schema());
     assert!(leaves.len() > 40, "the walk found only {} leaves", leaves.len());
     for (key, leaf) in leaves {
-        // Of no use without a bucket, so refused alone; `objects.rs` tests it beside one.
-        if key == "object_store.agent_endpoint" {
-            continue;
-        }
         let value = another(&key, &leaf, at(&defaults, &key));
         let as_toml = toml::Value::try_from(&value).unwrap();
-        let by_file = load(&format!("{key} = {as_toml}"), &[], &[]).unwrap_or_else(|e| panic!("{key}: {e}"));
+        let beside = needed_beside(&key);
+        let first = beside.map_or_else(String::new, |(key, value)| format!("{key} = '{value}'\n"));
+        let by_file =
+            load(&format!("{first}{key} = {as_toml}"), &[], &[]).unwrap_or_else(|e| panic!("{key}: {e}"));
         let as_text = value.as_str().map_or_else(|| as_toml.to_string(), str::to_owned);
-        let by_env = load("", &[(&variable(&key), &as_text)], &[]).unwrap_or_else(|e| panic!("{key}: {e}"));
+        let mut env = vec![(variable(&key), as_text)];
+        env.extend(beside.map(|(key, value)| (variable(key), value.to_owned())));
+        let env: Vec<_> = env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let by_env = load("", &env, &[]).unwrap_or_else(|e| panic!("{key}: {e}"));
         assert_eq!(by_file.config, by_env.config, "{key}");
         if key != "default_backend" {
             assert_ne!(by_file.config, Config::default(), "{key} changed nothing");
