@@ -27,10 +27,9 @@ impl Beside {
                 command.args(["-n", "19"]).arg(&program).args(&words).stdin(Stdio::null());
                 command.current_dir(process::root()?);
                 let what = format!("cargo xtask {}", words.join(" "));
-                #[allow(clippy::disallowed_methods, reason = "xtask is above the core that has the clock")]
-                let begin = std::time::Instant::now();
-                let output = command.output().with_context(|| format!("start {what}"))?;
-                process::say(&format!("  {} s beside the tests: {what}", begin.elapsed().as_secs()));
+                let (output, seconds) = process::timed(|| command.output());
+                let output = output.with_context(|| format!("start {what}"))?;
+                process::say(&format!("  {seconds} s beside the tests: {what}"));
                 if !output.status.success() {
                     process::say(&String::from_utf8_lossy(&output.stdout));
                     process::say(&String::from_utf8_lossy(&output.stderr));

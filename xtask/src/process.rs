@@ -45,14 +45,21 @@ pub(crate) fn cargo() -> Result<Command> {
     Ok(command)
 }
 
+/// Does something; answers what came of it, and the seconds that it took.
+pub(crate) fn timed<T>(something: impl FnOnce() -> T) -> (T, u64) {
+    #[allow(clippy::disallowed_methods, reason = "xtask is above the core that has the clock")]
+    let begin = std::time::Instant::now();
+    let came = something();
+    (came, begin.elapsed().as_secs())
+}
+
 /// Runs a command to its end and says how long that took; its failure is an error that names it.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     say(&format!("$ {}", line(command)));
-    #[allow(clippy::disallowed_methods, reason = "xtask is above the core that has the clock")]
-    let begin = std::time::Instant::now();
-    let status = command.status().with_context(|| format!("start {}", line(command)))?;
+    let (status, seconds) = timed(|| command.status());
+    let status = status.with_context(|| format!("start {}", line(command)))?;
     // Where the time of a long check goes has to be seen in its log.
-    say(&format!("  {} s", begin.elapsed().as_secs()));
+    say(&format!("  {seconds} s"));
     if !status.success() {
         bail!("{} failed: {status}", line(command));
     }
